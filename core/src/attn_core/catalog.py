@@ -1,0 +1,95 @@
+"""Everything the installed plugins declared for the devices at hand: the resolver's view of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from attn_core.domain import Value
+from attn_core.spec import BackendSpec, Constraint, PluginReport, Requirement
+from attn_core.spec.backend import canonical, mentioned
+from attn_core.spec.fields import SHARED
+
+if TYPE_CHECKING:
+    from attn_core.resolve.judge import Row
+
+
+@dataclass(frozen=True)
+class DeviceCatalog:
+    """Declarations for one device, stamped with their plugin and in an order made of content only."""
+
+    backends: tuple[BackendSpec, ...]
+    constraints: tuple[Constraint, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "backends", tuple(sorted(self.backends, key=lambda b: b.content)))
+        object.__setattr__(self, "constraints", tuple(sorted(self.constraints, key=lambda c: c.content)))
+
+
+    @cached_property
+    def rows(self) -> Mapping[str, tuple[Row, ...]]:
+        """Backends by role, prepared for judging."""
+        from attn_core.resolve.judge import Row
+
+        out: dict[str, list[Row]] = {}
+        for i, b in enumerate(self.backends):
+            out.setdefault(b.role, []).append(Row(b, i))
+        return {role: tuple(rows) for role, rows in out.items()}
+
+    @cached_property
+    def named_values(self) -> Mapping[str, frozenset[Value]]:
+        """Values of the shared fields that some row or constraint names: what the finite universe must contain."""
+        sides = [b.accepts for b in self.backends] + [s for c in self.constraints for s in (c.when, c.then)]
+        return {n: frozenset(mentioned(s[n] for s in sides if n in s)) for n in SHARED}
+
+    @cached_property
+    def written_for(self) -> Mapping[str, str]:
+        """Package -> the newest version a row was written for: what a what-if assumes."""
+        out: dict[str, str] = {}
+        for b in self.backends:
+            for r in b.requires:
+                if isinstance(r, Requirement) and r.written_for:
+                    out[r.name] = max(out.get(r.name, r.written_for), r.written_for, key=Version)
+        return out
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Device -> declarations, and how every plugin fared."""
+
+    devices: Mapping[str, DeviceCatalog]
+    """Keyed by ``str(device)``."""
+    reports: tuple[PluginReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Which packages and toolkits count as present. Immutable input of the resolver.
+
+    ``versions`` maps canonical names to versions. A package missing there is absent, unless ``assume`` is set: then
+    every package a plugin knows counts as installed at the version it was written for, except those in ``without``.
+    """
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    assume: bool = False
+    without: frozenset[str] = frozenset()
+    impostors: Mapping[str, str] = field(default_factory=dict)
+    """Installed packages that lack the vendor's symbols: name -> what is missing."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", {canonical(k): v for k, v in self.versions.items()})
+        object.__setattr__(self, "without", frozenset(map(canonical, self.without)))
+
+    def version(self, requirement: Requirement, written_for: Mapping[str, str]) -> str | None:
+        """The version that counts for a requirement, None when absent, ``""`` when present and unknown."""
+        name = requirement.name
+        if name in self.without or name in self.impostors:
+            return None
+        found = self.versions.get(name)
+        if found is None and self.assume:
+            return written_for.get(name, "")
+        return found

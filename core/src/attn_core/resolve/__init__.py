@@ -1,0 +1,178 @@
+"""The verb: ``resolve(devices, model, options, catalog, installed) -> Decision``.
+
+A pure function: no torch, no environment, no clock. Plugins stated facts; here, and only here, they are merged:
+
+0. shard the model's groups by tensor parallelism,
+1. judge every backend on its own (``judge.py``),
+2. combine the survivors of each group, best first (``combine.py``),
+3. settle the values that groups share: for every assignment each group's best combination, then the best total,
+4. or refuse, with every reason and what each pin costs (``refuse.py``).
+
+Why step 3 is exact: the key is separable over groups (replacing one group's combination by a better one never
+worsens the total), so for a fixed assignment each group's first fit is optimal, and all assignments are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from attn_core.catalog import Catalog, Installed
+from attn_core.errors import BadInputError
+from attn_core.resolve import refuse, settle
+from attn_core.resolve.combine import Combination, GroupSpace, Key, Universe, merge, shared_universe
+from attn_core.resolve.judge import Judge, Raw, Rejections
+from attn_core.spec import ACCOMPANYING, Decision, Device, EngineOptions, ModelSpec
+from attn_core.spec.model import Group
+
+MODEL_ROLES = ("allreduce_fusion",)
+
+
+def resolve(
+    devices: Device | Mapping[str, Device],
+    model: ModelSpec,
+    options: EngineOptions,
+    catalog: Catalog,
+    installed: Installed,
+) -> Decision:
+    """The best decision all plugins, pins and constraints allow, or :class:`NoBackendError`.
+
+    ``devices`` is one device, or one per role for disaggregated serving (``kv_write`` defaults to where decode runs).
+    Raises :class:`BadInputError` when the question contradicts itself.
+    """
+    problem = Problem(devices, model, options, catalog, installed)
+    best = problem.solve()
+    if best is None:
+        raise refuse.no_backend(problem)
+    decision = settle.decision(problem, *best)
+    refuse.check_reference(problem, decision)
+    return decision
+
+
+class Problem:
+    """One question, taken apart: a space of candidates per group, and the values they share."""
+
+    def __init__(
+        self,
+        devices: Device | Mapping[str, Device],
+        model: ModelSpec,
+        options: EngineOptions,
+        catalog: Catalog,
+        installed: Installed,
+    ) -> None:
+        self.model, self.options, self.catalog, self.installed = model, options, catalog, installed
+        self.groups: dict[str, Group] = {n: g.sharded(options.tensor_parallel) for n, g in model.groups.items()}
+        self.devices = self._devices(devices)
+        self.reasons: list[Raw] = []
+        self._check_pins()
+        used = [catalog.devices[k] for k in dict.fromkeys(str(d) for d in self.devices.values())]
+        self.shared: Universe = shared_universe(self.groups, options, used)
+        self.spaces = [self._space(n, g) for n, g in self.groups.items()]
+        self.spaces.append(self._model_space())
+
+    def _devices(self, devices: Device | Mapping[str, Device]) -> dict[str, Device]:
+        """Role -> device for every role the model has; ``""`` alone when one device serves them all."""
+        given = {"": devices} if isinstance(devices, Device) else dict(devices)
+        roles = dict.fromkeys(r for g in self.groups.values() for r in g.roles)
+        if "" not in given:
+            if missing := [r for r in roles if r not in given and r not in ACCOMPANYING]:
+                raise BadInputError(f"no device given for role {missing[0]}; roles of this model: {', '.join(roles)}")
+            if unknown := [r for r in given if r not in (*roles, *MODEL_ROLES)]:
+                raise BadInputError(f"unknown role {unknown[0]!r} in devices; roles of this model: {', '.join(roles)}")
+            if len({id(d) for d in given.values()}) > 1 or len(set(map(str, given.values()))) > 1:
+                given = {r: given.get(r) or given.get("decode") or next(iter(given.values())) for r in (*roles, *MODEL_ROLES)}
+            else:
+                given = {"": next(iter(given.values()))}
+        for d in given.values():
+            if str(d) not in self.catalog.devices:
+                raise BadInputError(f"the catalog was not made for {d}; it holds {', '.join(self.catalog.devices)}")
+        return given
+
+    def device(self, role: str) -> Device:
+        return self.devices[role] if role in self.devices else self.devices[""]
+
+    def _check_pins(self) -> None:
+        for field in ("backend", "prefill_backend", "decode_backend"):
+            pin = getattr(self.options, field)
+            for name in pin if isinstance(pin, Mapping) else ():
+                if name not in self.groups:
+                    raise BadInputError(f"{field} names group {name!r}; the model's groups are {', '.join(self.groups)}")
+
+    def _judge(self, name: str, group: Group, role: str, widths: tuple[int, ...] = ()) -> Judge:
+        device = self.device(role)
+        written_for = self.catalog.devices[str(device)].written_for
+        return Judge(name, group, role, device, self.options, self.installed, written_for, self.reasons, widths)
+
+    def _space(self, name: str, group: Group) -> GroupSpace:
+        judges, candidates = {}, {}
+        widths: tuple[int, ...] = ()
+        for role in group.roles:  # kv_write comes last: it must serve the widths the others may settle on
+            judges[role] = judge = self._judge(name, group, role, widths if role in ACCOMPANYING else ())
+            candidates[role] = judge.candidates(self.catalog.devices[str(judge.device)].rows.get(role, ()))
+            if role not in ACCOMPANYING:
+                widths = tuple(sorted({*widths, *(w for c in candidates[role] for w in c.widths if w is not None)}))
+        return GroupSpace(name, group, candidates, judges, self.shared, self.catalog.devices, self.options)
+
+    def _model_space(self) -> GroupSpace:
+        first = next(iter(self.groups.values()))
+        judges = {r: self._judge("", first, r) for r in MODEL_ROLES}
+        rows = {r: self.catalog.devices[str(j.device)].rows.get(r, ()) for r, j in judges.items()}
+        candidates = {r: judges[r].candidates(rows[r]) for r in MODEL_ROLES if rows[r]}
+        return GroupSpace("", None, candidates, judges, self.shared, self.catalog.devices, self.options)
+
+    def solve(self) -> tuple[Key, list[Combination], int] | None:
+        """Best total key, one combination per space, and the shared assignments all of them allow."""
+        answers = [a for only in self._uniform_choices() if (a := self._solve(only)) is not None]
+        return min(answers, key=lambda a: a[0], default=None)
+
+    def _solve(self, only: Mapping[str, Mapping[str, str]]) -> tuple[Key, list[Combination], int] | None:
+        """Frontiers from the smallest space to the largest; where all others offer one choice, a first fit will do."""
+        possible = self.shared.full
+        for space in self.spaces:
+            possible &= space.reach
+        found: dict[str, list[tuple[int, Combination]]] = {}
+        for space in sorted(self.spaces, key=lambda s: s.size):
+            first = len(found) == len(self.spaces) - 1 and all(len(f) == 1 for f in found.values())
+            found[space.name] = frontier = space.frontier(possible, only.get(space.name), first=first)
+            possible &= sum(new for new, _ in frontier)
+            if not possible:
+                return None
+        frontiers = [found[space.name] for space in self.spaces]
+        best: tuple[Key, list[Combination], int] | None = None
+        for part in _split(possible, frontiers):
+            chosen = [next(c for new, c in frontier if new & part) for frontier in frontiers]
+            key = merge([c.key for c in chosen])
+            if best is None or key < best[0]:
+                mask = self.shared.full
+                for c in chosen:
+                    mask &= c.shared
+                best = key, chosen, mask
+        return best
+
+    def _uniform_choices(self) -> Iterator[Mapping[str, Mapping[str, str]]]:
+        """Restrictions to try: none, or every choice of names an engine that cannot mix could run with."""
+        if self.options.uniform == "none":
+            yield {}
+            return
+        spaces = [s for s in self.spaces if s.group is not None and not s.roles[0].startswith("linear_")]
+        roles = dict.fromkeys(r for s in spaces for r in s.roles if r not in ACCOMPANYING)
+        names = {r: sorted({c.spec.backend for s in spaces for c in s.candidates.get(r, ())}) for r in roles}
+        if self.options.uniform == "all":
+            picks: Sequence[tuple[str, ...]] = [(n,) * len(roles) for n in sorted(set().union(*names.values()))]
+        else:
+            picks = list(product(*names.values()))
+        for pick in picks:
+            by_role = dict(zip(roles, pick))
+            yield {s.name: by_role for s in spaces}
+
+
+def _split(possible: int, frontiers: Sequence[Sequence[tuple[int, Any]]]) -> list[int]:
+    """Partition assignments so that every group's first fit is the same throughout a part."""
+    parts = [possible]
+    for frontier in frontiers:
+        parts = [p & new for p in parts for new, _ in frontier if p & new]
+    return parts
+
+
+__all__ = ["Problem", "Rejections", "resolve"]

@@ -1,0 +1,294 @@
+"""Step 1: judge every backend on its own, and collect every reason against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from attn_core.catalog import Installed
+from attn_core.domain import Domain, MultipleOf, OneOf
+from attn_core.spec import BackendSpec, Device, EngineOptions, Rejection
+from attn_core.spec.decision import RejectionCode
+from attn_core.spec.fields import FIELDS, RELEVANT, SHARED
+from attn_core.spec.model import Group
+
+_UNKNOWN_PASSES = frozenset(n for n, f in FIELDS.items() if f.unknown_passes)
+_FEATURES = {
+    n: frozenset(f.default.values or ())
+    for n, f in FIELDS.items()
+    if f.is_feature and f.scope != "claim" and f.default is not None
+}
+"""Feature -> the plain values a backend that says nothing accepts."""
+_SETTLED = frozenset(n for n, f in FIELDS.items() if f.settled)
+_CLAIM = frozenset(n for n, f in FIELDS.items() if f.scope == "claim")
+_ALWAYS_INT = frozenset({"head_dim", "v_head_dim", "num_heads", "num_kv_heads", "group_size", "tensor_parallel", "world_size"})
+_WIDTHS = ("head_dim", "v_head_dim", "head_dims")
+
+
+class Row:
+    """A BackendSpec prepared for judging: only the checks that can fail, in plain containers. Made once per catalog."""
+
+    __slots__ = ("checks", "index", "memo", "needs", "required", "settled", "shaped", "spec", "stated")
+
+    def __init__(self, spec: BackendSpec, index: int) -> None:
+        self.spec = spec
+        self.index = index
+        """Place in the catalog's content order: the last tie-break."""
+        self.stated = frozenset(spec.accepts)
+        self.needs = spec.needs
+        self.shaped = bool(spec.pads) or spec.role == "kv_write"
+        """Whether kernel widths must be searched for, rather than being the model's."""
+        self.required = tuple((r, r.name) for r in spec.requires if not isinstance(r, str))
+        padded = set(_WIDTHS) if "head_dim" in spec.pads or spec.role == "kv_write" else set()
+        padded |= {"num_heads", "group_size"} if "num_heads" in spec.pads else set()
+        skip = _SETTLED | _CLAIM | padded
+        self.checks = tuple((n, _fast(n, d)) for n, d in spec.accepts.items() if n not in skip and not d.is_any)
+        self.settled = tuple(
+            (n, d)
+            for n in (*SHARED, "kv_layout", "mla_query")
+            if n in RELEVANT[spec.role] and not (n == "mla_query" and spec.form != "absorbed")
+            if (d := spec.accepts.get(n, FIELDS[n].default)) is not None and not d.is_any
+        )
+        """Domains on the values the resolver settles, defaults included."""
+        self.memo: tuple[Any, ...] = (None, None, None, None, 0)
+        """The last mask computed for this row, and what it was computed for."""
+
+
+def _fast(name: str, d: Domain) -> Domain | frozenset[Any] | range:
+    """The same set in a container that answers faster. Fields are typed and declarations validated, so ``True`` never
+    meets ``1``; a range is used only for facts that are always integers (it would search for None one by one)."""
+    if d.values is not None:
+        return frozenset(d.values)
+    if d.step is not None and not d.excluded and name in _ALWAYS_INT:
+        least = d.step if d.min is None else d.min
+        return range(-(-least // d.step) * d.step, (1 << 62) if d.max is None else d.max + 1, d.step)
+    return d
+
+
+class Raw(NamedTuple):
+    """A reason not yet put into words; most are never read."""
+
+    code: RejectionCode
+    row: BackendSpec
+    group: str
+    field: str
+    got: Any
+    allowed: Any
+    hint: str = ""
+
+    def rejection(self) -> Rejection:
+        allowed = self.allowed
+        if isinstance(allowed, Domain):
+            allowed = allowed.values if allowed.values is not None else str(allowed)
+        return Rejection(
+            code=self.code, backend=self.row.backend, role=self.row.role, group=self.group, field=self.field,
+            got=self.got, allowed=allowed, plugin=self.row.plugin, hint=self.hint,
+        )  # fmt: skip
+
+
+class Rejections(Sequence[Rejection]):
+    """Rejections made from raw reasons on first reading: a decision that nobody explains pays nothing for them."""
+
+    def __init__(self, raw: Iterable[Raw]) -> None:
+        self._raw: list[Raw] | None = list(raw)
+        self._made: tuple[Rejection, ...] = ()
+
+    def _all(self) -> tuple[Rejection, ...]:
+        if self._raw is not None:
+            made = sorted((r.rejection() for r in self._raw), key=_order)
+            self._made, self._raw = tuple(made), None
+        return self._made
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._all()[i]
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        return self._all() == tuple(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+
+def _order(r: Rejection) -> tuple[str, ...]:
+    return (r.group, r.role, r.backend, r.plugin, r.code, r.field, repr(r.got), repr(r.allowed))
+
+
+class Candidate(NamedTuple):
+    """A live row in one kernel width: what the combiner works with."""
+
+    row: Row
+    tier: int
+    rank: int
+    padded: int
+    """Columns of zeros per token that padding adds to q."""
+    widths: tuple[int | None, ...]
+    """Kernel head_dims this candidate can run at (writers take any)."""
+    num_heads: int | None
+    native_width: int | None = None
+    """The model's width, where the row runs it padded."""
+
+    @property
+    def spec(self) -> BackendSpec:
+        return self.row.spec
+
+
+class Judge:
+    """Judges rows of one role on one device for one group."""
+
+    def __init__(
+        self,
+        name: str,
+        group: Group,
+        role: str,
+        device: Device,
+        options: EngineOptions,
+        installed: Installed,
+        written_for: Mapping[str, str],
+        reasons: list[Raw],
+        widths: tuple[int, ...] = (),
+    ) -> None:
+        self.name, self.group, self.role, self.device = name, group, role, device
+        self.widths = widths
+        """``kv_write`` only: the kernel widths that the group's attention roles may settle on."""
+        self.installed, self.written_for, self.reasons = installed, written_for, reasons
+        self.deny = frozenset(options.deny)
+        self.pinned = options.pinned_backend(name, role)
+        self.pins = {n: v for n in (*SHARED, "kv_layout") if (v := getattr(options, n)) is not None}
+        self.facts: dict[str | None, tuple[dict[str, Any], tuple[str, ...]]] = {}
+        self.options = options
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Facts of the engine and the device."""
+        d = self.device
+        return {
+            **self.options.facts(),
+            "device.arch": d.arch,
+            "device.total_memory": d.total_memory,
+            "device.shared_memory_per_block": d.shared_memory_per_block,
+        }
+
+    def _facts(self, form: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What a row of this form is judged on, and the features it must claim."""
+        if form not in self.facts:
+            relevant = RELEVANT[self.role]
+            facts = {k: v for k, v in {**self.common, **self.group.facts(form)}.items() if k in relevant}
+            demands = tuple(n for n, default in _FEATURES.items() if n in facts and facts[n] not in default)
+            self.facts[form] = facts, demands
+        return self.facts[form]
+
+    def candidates(self, rows: Iterable[Row]) -> list[Candidate]:
+        """The rows that survive, in every kernel width they could run at; reasons against the others are noted."""
+        out: list[Candidate] = []
+        reasons = self.reasons
+        for row in rows:
+            before, spec = len(reasons), row.spec
+            facts, demands = self.facts.get(spec.form) or self._facts(spec.form)
+            self._judge(row, facts, demands)
+            if row.shaped:
+                found = self._shapes(row, facts)
+                if len(reasons) == before:
+                    out += found
+            elif len(reasons) == before:
+                widths = (facts.get("head_dim"),)
+                out.append(Candidate(row, spec.tier, spec.rank, 0, widths, facts.get("num_heads")))
+        return out
+
+    def _judge(self, row: Row, facts: dict[str, Any], demands: tuple[str, ...]) -> None:
+        spec = row.spec
+        if spec.backend in self.deny:
+            self._note("denied", row, "backend", spec.backend, None)
+        if self.pinned is not None and spec.backend != self.pinned:
+            self._note("pin", row, "backend", self.pinned, OneOf(spec.backend))
+        if not row.needs <= self.device.isa:
+            self._note("isa", row, "isa", self.device.arch, tuple(sorted(row.needs - self.device.isa)))
+        for name in demands:
+            if name not in row.stated:
+                self._note("feature", row, name, facts[name], FIELDS[name].default)
+        for name, allowed in row.checks:
+            if name not in facts:
+                continue
+            value = facts[name]
+            if value not in allowed and not (value is None and name in _UNKNOWN_PASSES):
+                plain = _FEATURES.get(name)
+                code: RejectionCode = "value" if plain is None or value in plain else "feature"
+                self._note(code, row, name, value, spec.accepts[name])
+        if self.pins:
+            self._judge_pins(row)
+        for requirement, package in row.required:
+            found = self.installed.version(requirement, self.written_for)
+            if found is None:
+                impostor = self.installed.impostors.get(package, "")
+                hint = requirement.install or f"install {requirement.spec}"
+                self._note("package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint)
+            elif found and not requirement.admits(found):
+                hint = requirement.install or f"install {requirement.spec}"
+                self._note("version", row, package, found, str(requirement.specifier), hint)
+
+    def _judge_pins(self, row: Row) -> None:
+        for name, value in self.pins.items():
+            if name in RELEVANT[self.role] and (self.group.cached or name == "graph"):
+                allowed = row.spec.accepts.get(name, FIELDS[name].default)
+                if allowed is not None and not admits(name, value, allowed, self.group.dtype):
+                    self._note("pin", row, name, value, allowed)
+
+    def _shapes(self, row: Row, facts: dict[str, Any]) -> list[Candidate]:
+        """Kernel widths and head counts a padding row can reach, narrowest first."""
+        spec, accepts = row.spec, row.spec.accepts
+        d, dv, heads = facts["head_dim"], facts["v_head_dim"], facts.get("num_heads")
+        pads, kernel_heads = "head_dim" in spec.pads and self.group.kind == "mha", heads
+        if "num_heads" in spec.pads and heads is not None:
+            kv = facts["num_kv_heads"]
+            allowed, ratio = accepts.get("num_heads", MultipleOf(1)), accepts.get("group_size", MultipleOf(1))
+            fits = [h for h in _at_least(heads, allowed) if h % kv == 0 and h // kv in ratio]
+            if not fits:
+                self._note("value", row, "num_heads", heads, allowed)
+                return []
+            kernel_heads = fits[0]
+        widths = [
+            w
+            for w in (self.widths or [d] if self.role == "kv_write" else _at_least(d, accepts) if pads else [d])
+            if w in accepts.get("head_dim", MultipleOf(1))
+            and (wv := w if dv == d else dv) in accepts.get("v_head_dim", MultipleOf(1))
+            and ("head_dims" not in accepts or (w, wv) in accepts["head_dims"])
+        ]
+        if not widths:
+            name = "head_dim" if "head_dim" in accepts else "head_dims"
+            self._note("value", row, name, facts[name], accepts[name])
+            return []
+        if self.role == "kv_write":
+            return [Candidate(row, spec.tier, spec.rank, 0, tuple(widths), None)]
+        return [
+            Candidate(row, spec.tier, spec.rank, (kernel_heads or 1) * w - (heads or 1) * d, (w,), kernel_heads, d)
+            for w in widths
+        ]
+
+    def _note(self, code: RejectionCode, row: Row, field: str, got: Any, allowed: Any, hint: str = "") -> None:
+        self.reasons.append(Raw(code, row.spec, self.name, field, got, allowed, hint))
+
+
+def admits(name: str, value: Any, allowed: Domain, own: str | None) -> bool:
+    """Whether a settled value lies in a domain; ``auto`` in a cache dtype stands for the group's ``own`` dtype."""
+    if name == "kv_cache_dtype" and value in (own, "auto"):
+        return own in allowed or "auto" in allowed
+    return value in allowed
+
+
+def _at_least(size: int, where: Domain | Mapping[str, Domain]) -> list[int]:
+    """Candidate sizes from ``size`` up: itself, every listed size, and the next multiple of a step."""
+    domains = [where] if isinstance(where, Domain) else [where[n] for n in ("head_dim", "head_dims") if n in where]
+    sizes = {size}
+    for d in domains:
+        sizes |= {v[0] if isinstance(v, tuple) else v for v in d.values or ()}
+        if d.step:
+            sizes |= {-(-size // d.step) * d.step, d.min or d.step}
+    return sorted(w for w in sizes if w >= size and (not isinstance(where, Domain) or w in where))
+
+
+

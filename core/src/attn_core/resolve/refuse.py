@@ -1,0 +1,140 @@
+"""Step 4: no answer, or an answer nobody would want: errors with every reason and what each pin costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from attn_core.errors import BadInputError, NoBackendError
+from attn_core.explain import grouped
+from attn_core.resolve.judge import Raw, Rejections
+from attn_core.resolve.settle import conflict_text
+from attn_core.spec import ACCOMPANYING, Decision, Tier
+from attn_core.spec.fields import SHARED
+
+if TYPE_CHECKING:
+    from attn_core.resolve import Problem
+    from attn_core.resolve.combine import GroupSpace
+
+_CURABLE = frozenset({"package", "version", "pin", "denied"})
+"""Reasons the user can take away; a better backend that failed only for these must not be replaced by a reference."""
+
+
+def no_backend(problem: Problem) -> NoBackendError:
+    """Why nothing fits: empty roles first, then conflicts inside a group, then conflicts between groups."""
+    lines, reasons = [], list(problem.reasons)
+    empty = [(s, r) for s in problem.spaces for r in s.roles if not s.candidates[r]]
+    for space, role in empty:
+        lines.append(f"no backend can {role} group {space.name} on {problem.device(role)}")
+    if not empty:
+        stuck = [s for s in problem.spaces if next(s.combinations(), None) is None]
+        for space in stuck or problem.spaces:
+            reasons += _conflicts(problem, space, alone=bool(stuck))
+        if stuck:
+            lines += [f"the backends of group {s.name} cannot be combined" for s in stuck]
+        elif problem.options.uniform != "none":
+            lines.append(f"no choice of backends is the same everywhere, as uniform={problem.options.uniform!r} asks")
+        else:
+            lines.append("each group has backends, but they cannot share the values the groups have in common")
+    rejections = Rejections(reasons)
+    relaxations = tuple(_relaxations(problem))
+    text = _text(problem, lines, rejections, relaxations)
+    return NoBackendError("no_backend", text, rejections, relaxations)
+
+
+def _conflicts(problem: Problem, space: GroupSpace, *, alone: bool) -> Iterator[Raw]:
+    """One reason per live row that cannot meet the others; ``alone``: inside its group, else between groups."""
+    if space.group is None:
+        return
+    for role in space.roles:
+        for c in space.candidates[role]:
+            field, got, allowed = conflict_text(problem, space, role, c, within=alone)
+            yield Raw("conflict", c.spec, space.name, field, got, allowed)
+
+
+def check_reference(problem: Problem, decision: Decision) -> None:
+    """Refuse a REFERENCE backend for a required role off the CPU when something curable kept a better one away.
+
+    Not when the user named that backend or set ``allow_reference``; never for accompanying roles.
+    """
+    options = problem.options
+    if options.allow_reference:
+        return
+    lines = []
+    for name, group in decision.groups.items():
+        for role, choice in group.choices.items():
+            device = problem.device(role)
+            if choice.tier != Tier.REFERENCE or role in ACCOMPANYING or device.platform == "cpu":
+                continue
+            if options.pinned_backend(name, role) == choice.backend:
+                continue
+            why = sorted(_curable(problem, name, role)) + _failed_plugins(problem)
+            if why:
+                lines.append(
+                    f"group {name} {role} on {device} would run on {choice.backend}, a slow reference, "
+                    f"because better ones are missing: {'; '.join(why)}"
+                )
+    if lines:
+        relaxations = (*_relaxations(problem), "allow_reference=True accepts the reference backend")
+        rejections = Rejections(problem.reasons)
+        raise NoBackendError("reference_only", _text(problem, lines, rejections, relaxations), rejections, relaxations)
+
+
+def _curable(problem: Problem, group: str, role: str) -> set[str]:
+    """Better rows of this role whose every reason the user can take away: ``name (reason)``."""
+    against: dict[int, list[Raw]] = {}
+    for raw in problem.reasons:
+        if raw.group == group and raw.row.role == role and raw.row.tier > Tier.REFERENCE:
+            against.setdefault(id(raw.row), []).append(raw)
+    return {
+        f"{raws[0].row.backend} ({', '.join(dict.fromkeys(r.rejection().text for r in raws))})"
+        for raws in against.values()
+        if all(r.code in _CURABLE for r in raws)
+    }
+
+
+def _failed_plugins(problem: Problem) -> list[str]:
+    failed = [r for r in problem.catalog.reports if r.status in ("failed", "incompatible")]
+    return [f"plugin {r.name} {'failed' if r.status == 'failed' else 'is incompatible'} ({r.error})" for r in failed]
+
+
+def _relaxations(problem: Problem) -> Iterator[str]:
+    """What taking back each single pin would give."""
+    from attn_core.resolve import Problem as Again
+    from attn_core.resolve import settle
+
+    for name, value in problem.options.pins().items():
+        if name == "allow_reference":
+            continue
+        try:
+            again = Again(
+                problem.devices, problem.model, problem.options.without(name), problem.catalog, problem.installed
+            )
+        except BadInputError:
+            continue
+        best = again.solve()
+        if best is not None:
+            decision = settle.decision(again, *best)
+            yield f"without {name}={_shown(value)}: {_summary(decision)}"
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _summary(decision: Decision) -> str:
+    parts = []
+    for name, g in decision.groups.items():
+        names = " / ".join(c.backend for r, c in g.choices.items() if r not in ACCOMPANYING)
+        parts.append(f"{name} {names}" if len(decision.groups) > 1 else names)
+    values = [f"{n.split('_')[0]} {decision.values[n]}" for n in reversed(SHARED) if n in decision.values]
+    return ", ".join(parts + values[:1])
+
+
+def _text(problem: Problem, lines: list[str], rejections: Rejections, relaxations: tuple[str, ...]) -> str:
+    """Short enough to read in a terminal: headline, grouped reasons, ways out."""
+    out = [f"{problem.model.architecture or 'model'}: {line}" for line in lines]
+    out += grouped(rejections)
+    if relaxations:
+        out += ["ways out:", *(f"  - {r}" for r in relaxations)]
+    return "\n".join(out)
