@@ -29,7 +29,6 @@ class DeviceCatalog:
         object.__setattr__(self, "backends", tuple(sorted(self.backends, key=lambda b: b.content)))
         object.__setattr__(self, "constraints", tuple(sorted(self.constraints, key=lambda c: c.content)))
 
-
     @cached_property
     def rows(self) -> Mapping[str, tuple[Row, ...]]:
         """Backends by role, prepared for judging."""
@@ -45,6 +44,11 @@ class DeviceCatalog:
         """Values of the shared fields that some row or constraint names: what the finite universe must contain."""
         sides = [b.accepts for b in self.backends] + [s for c in self.constraints for s in (c.when, c.then)]
         return {n: frozenset(mentioned(s[n] for s in sides if n in s)) for n in SHARED}
+
+    @cached_property
+    def packages(self) -> Mapping[str, Requirement]:
+        """Every package or toolkit some row requires, by name."""
+        return {r.name: r for b in self.backends for r in b.requires if isinstance(r, Requirement)}
 
     @cached_property
     def written_for(self) -> Mapping[str, str]:
@@ -79,6 +83,8 @@ class Installed:
     without: frozenset[str] = frozenset()
     impostors: Mapping[str, str] = field(default_factory=dict)
     """Installed packages that lack the vendor's symbols: name -> what is missing."""
+    unusable: Mapping[str, str] = field(default_factory=dict)
+    """Backends whose kernel turned out to be missing when it was bound: name -> why."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "versions", {canonical(k): v for k, v in self.versions.items()})

@@ -139,7 +139,7 @@ def NoneOf(*values: Value) -> Domain:  # noqa: N802
     return Domain(excluded=OneOf(*values).values or ())
 
 
-def MultipleOf(n: int, min: int | None = None, max: int | None = None) -> Domain:  # noqa: N802, A002
+def MultipleOf(n: int, min: int | None = None, max: int | None = None) -> Domain:  # noqa: N802
     """Integers divisible by ``n`` within the inclusive bounds; ``min`` defaults to ``n`` (sizes are positive)."""
     if n < 1:
         raise DeclarationError(f"MultipleOf needs a positive step, got {n}; write OneOf(...) for listed values")
@@ -156,4 +156,6 @@ def domain(value: object) -> Domain:
         return OneOf(*(sorted(value) if isinstance(value, set | frozenset) else value))
     if isinstance(value, Hashable):
         return OneOf(value)
-    raise DeclarationError(f"cannot read {value!r} as a domain; use OneOf, NoneOf, MultipleOf, ANY, a list or one value")
+    raise DeclarationError(
+        f"cannot read {value!r} as a domain; use OneOf, NoneOf, MultipleOf, ANY, a list or one value"
+    )

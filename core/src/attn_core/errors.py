@@ -33,7 +33,12 @@ class BindError(AttnCoreError):
 
 
 class MissingKernelError(BindError):
-    """Raised by a plugin's ``bind`` when the kernel package is absent or unusable; the core resolves again without it."""
+    """Raised by a plugin's ``bind`` when the kernel package is absent or unusable; the core resolves again without it.
+
+    ``backend`` is filled in by the core: ``bind`` need only say what is missing.
+    """
+
+    backend: str | None = None
 
 
 class NoBackendError(AttnCoreError):

@@ -32,8 +32,8 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for role, c in decision.roles.items():
         out.append(f"  {role}: {_choice(c)}")
     for name, value in decision.values.items():
-        why = "; ".join(decision.because.get(name, ()))
-        out.append(f"  {name}: {value}" + (f"  ({why})" if why else ""))
+        reasons = "; ".join(decision.because.get(name, ()))
+        out.append(f"  {name}: {value}" + (f"  ({reasons})" if reasons else ""))
     refused = grouped(decision.rejections, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]
@@ -98,7 +98,17 @@ def _group(g: dict[str, object]) -> str:
     if g.get("v_head_dim") not in (None, g["head_dim"]):
         shape += f" (v {g['v_head_dim']})"
     parts = [str(g.get("attn_type", g["kind"])), shape, str(g["dtype"])]
-    skip = {"num_heads", "num_kv_heads", "num_v_heads", "head_dim", "v_head_dim", "dtype", "layers", "linear", "attn_type"}
+    skip = {
+        "num_heads",
+        "num_kv_heads",
+        "num_v_heads",
+        "head_dim",
+        "v_head_dim",
+        "dtype",
+        "layers",
+        "linear",
+        "attn_type",
+    }
     for name, value in g.items():
         if name in skip or (not isinstance(value, list) and value in _PLAIN):
             continue

@@ -33,20 +33,23 @@ class Brute:
         self.groups = {n: g.sharded(o.tensor_parallel) for n, g in model.groups.items()}
         self.dtypes = [g.dtype for g in self.groups.values() if g.cached]
         rows = [b for d in cat.devices.values() for b in d.backends]
-        sides = [b.accepts for b in rows] + [s for d in cat.devices.values() for c in d.constraints for s in (c.when, c.then)]
-        pages = set(PAGE_SIZES) | {v for s in sides if "page_size" in s for v in s["page_size"].named if isinstance(v, int) and v > 0}
+        sides = [b.accepts for b in rows] + [
+            s for d in cat.devices.values() for c in d.constraints for s in (c.when, c.then)
+        ]
+        pages = set(PAGE_SIZES) | {
+            v for s in sides if "page_size" in s for v in s["page_size"].named if isinstance(v, int) and v > 0
+        }
         own = [self.dtypes[0]] if len(set(self.dtypes)) == 1 else ["auto", *self.dtypes]
         named = {v for s in sides if "kv_cache_dtype" in s for v in s["kv_cache_dtype"].named}
         kv = own + [d for d in KV_CACHE_DTYPES if d in named and d != "auto" and d not in own]
         cached = bool(self.dtypes)
-        self.shared = [
-            a
-            for a in product(
+        self.shared = list(
+            product(
                 [o.graph] if o.graph else GRAPHS,
                 ([o.kv_cache_dtype] if o.kv_cache_dtype else dict.fromkeys(kv)) if cached else [None],
                 ([o.page_size] if o.page_size else sorted(pages)) if cached else [None],
             )
-        ]
+        )
 
     def device(self, role: str) -> Device:
         return self.devices.get(role, self.devices.get("")) or self.devices["decode"]
@@ -56,9 +59,9 @@ class Brute:
 
     def facts(self, group: Any, role: str, form: str | None) -> dict[str, Any]:
         d = self.device(role)
-        all_facts = {**self.o.facts(), **group.facts(form), "device.arch": d.arch, "device.total_memory": d.total_memory,
-                     "device.shared_memory_per_block": d.shared_memory_per_block}  # fmt: skip
-        return {k: v for k, v in all_facts.items() if k in RELEVANT[role]}
+        device = {"arch": d.arch, "total_memory": d.total_memory, "shared_memory_per_block": d.shared_memory_per_block}
+        every = {**self.o.facts(), **group.facts(form), **{f"device.{k}": v for k, v in device.items()}}
+        return {k: v for k, v in every.items() if k in RELEVANT[role]}
 
     def variants(self, name: str, group: Any, role: str, b: BackendSpec, widths: set[int]) -> list[tuple[Any, int]]:
         """(kernel width or set of widths, padded columns) a row can run at; empty when some rule refuses it."""
@@ -87,7 +90,11 @@ class Brute:
         ok = []
         for w in sorted(pool):
             wv = w if own == dv else dv
-            if w in b.accepts.get("head_dim", ANY) and wv in b.accepts.get("v_head_dim", ANY) and (w, wv) in b.accepts.get("head_dims", ANY):
+            if (
+                w in b.accepts.get("head_dim", ANY)
+                and wv in b.accepts.get("v_head_dim", ANY)
+                and (w, wv) in b.accepts.get("head_dims", ANY)
+            ):
                 ok.append(w)
         if writer:
             return [(frozenset(ok), 0)] if ok else []
@@ -112,7 +119,12 @@ class Brute:
             lists[role] = [(b, w, p) for b in self.rows(role) for w, p in self.variants(name, group, role, b, widths)]
             if role not in ACCOMPANYING:
                 widths |= {w for _, w, _ in lists[role] if isinstance(w, int)}
-        layouts = {v for rows in lists.values() for b, _, _ in rows for v in (b.accepts.get("kv_layout", default("kv_layout")).values or ())} or {"NHD"}
+        layouts = {
+            v
+            for rows in lists.values()
+            for b, _, _ in rows
+            for v in (b.accepts.get("kv_layout", default("kv_layout")).values or ())
+        } or {"NHD"}
         if not group.cached:
             local = [(None,)]
         else:
@@ -185,7 +197,14 @@ class Brute:
         extra = sorted(int(b.tier) for r, (b, _, _) in zip(roles, combo) if r in ACCOMPANYING)
         names = {b.backend for r, (b, _, _) in zip(roles, combo) if r in ("prefill", "decode")}
         tail = tuple((b.backend, b.content, w if isinstance(w, int) else 0) for b, w, _ in combo)
-        return (required, extra, sum(b.rank for b, _, _ in combo), sum(p for _, _, p in combo), int(len(names) > 1), tail)
+        return (
+            required,
+            extra,
+            sum(b.rank for b, _, _ in combo),
+            sum(p for _, _, p in combo),
+            int(len(names) > 1),
+            tail,
+        )
 
     @staticmethod
     def total(keys: list[Any]) -> Any:
@@ -200,12 +219,14 @@ class Brute:
 
     def solve(self) -> tuple[Any, list[Any], set[Any]] | None:
         spaces = [self.group_solutions(n, g) for n, g in self.groups.items()]
-        extra = [b for b in self.rows("allreduce_fusion")]
+        extra = list(self.rows("allreduce_fusion"))
         first = next(iter(self.groups.values()))
         alone = []
         for b in extra:
             f = self.facts(first, "allreduce_fusion", None)
-            bad = [x for x in f if f[x] not in b.accepts.get(x, default(x)) and not FIELDS[x].settled and f[x] is not None]
+            bad = [
+                x for x in f if f[x] not in b.accepts.get(x, default(x)) and not FIELDS[x].settled and f[x] is not None
+            ]
             if bad or not self.present(b, "allreduce_fusion") or b.backend in self.o.deny:
                 continue
             allowed = {s for s in self.shared if s[0] in b.accepts.get("graph", default("graph"))}

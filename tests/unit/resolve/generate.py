@@ -34,7 +34,9 @@ def row(r: random.Random, role: str, device: Device, plugin: str) -> BackendSpec
     linear = role.startswith("linear")
     accepts: dict[str, Any] = {
         "dtype": r.choice([ANY, ANY, OneOf("bfloat16", "float16"), OneOf("bfloat16")]),
-        "head_dim": r.choice([ANY, ANY, OneOf(64, 128), OneOf(128, 64, 32), MultipleOf(64)]) if role != "kv_write" else ANY,
+        "head_dim": r.choice([ANY, ANY, OneOf(64, 128), OneOf(128, 64, 32), MultipleOf(64)])
+        if role != "kv_write"
+        else ANY,
     }
     if role == "encode":
         accepts["attn_type"] = ANY
@@ -51,11 +53,17 @@ def row(r: random.Random, role: str, device: Device, plugin: str) -> BackendSpec
             accepts["kv_offload_io"] = NoneOf("kernel")
     if role in ("prefill", "decode", "kv_write"):
         if r.random() < 0.5:
-            accepts["page_size"] = r.choice([OneOf(64), OneOf(32, 16), *[MultipleOf(16)] * 3, MultipleOf(24), OneOf(1), NoneOf(1), OneOf(128, 64)])
+            accepts["page_size"] = r.choice(
+                [OneOf(64), OneOf(32, 16), *[MultipleOf(16)] * 3, MultipleOf(24), OneOf(1), NoneOf(1), OneOf(128, 64)]
+            )
         if r.random() < 0.6:
-            accepts["kv_cache_dtype"] = r.choice([OneOf("auto", "fp8_e4m3"), OneOf("fp8_e4m3"), OneOf("bfloat16"), ANY, ANY])
+            accepts["kv_cache_dtype"] = r.choice(
+                [OneOf("auto", "fp8_e4m3"), OneOf("fp8_e4m3"), OneOf("bfloat16"), ANY, ANY]
+            )
         if r.random() < 0.6:
-            accepts["kv_layout"] = r.choice([OneOf("HND"), *[OneOf("HND", "NHD")] * 3, OneOf("NHD"), OneOf("NHD", "PRIVATE"), ANY])
+            accepts["kv_layout"] = r.choice(
+                [OneOf("HND"), *[OneOf("HND", "NHD")] * 3, OneOf("NHD"), OneOf("NHD", "PRIVATE"), ANY]
+            )
     if r.random() < 0.6:
         accepts["graph"] = r.choice([OneOf("full", "none"), OneOf("none"), ANY, ANY, OneOf("decode", "piecewise")])
     if role == "allreduce_fusion":
@@ -83,7 +91,13 @@ def permissive(role: str, device: Device, plugin: str, tier: int) -> BackendSpec
     if role.startswith("linear"):
         accepts["kind"] = OneOf("gdn")
     else:
-        accepts |= {"sinks": True, "sliding_window": True, "attn_type": ANY, "kv_cache_dtype": ANY, "kv_layout": OneOf("NHD", "HND")}
+        accepts |= {
+            "sinks": True,
+            "sliding_window": True,
+            "attn_type": ANY,
+            "kv_cache_dtype": ANY,
+            "kv_layout": OneOf("NHD", "HND"),
+        }
     return BackendSpec(backend="any", role=role, platform=device.platform, tier=tier, accepts=accepts, plugin=plugin)
 
 
@@ -107,24 +121,49 @@ def constraint(r: random.Random, i: int, plugin: str) -> Constraint:
 
 def question(seed: int) -> tuple[dict[str, Device], ModelSpec, EngineOptions, Catalog, Installed]:
     r = random.Random(seed)
-    kinds = r.choice([["d"], ["d"], ["d", "d"], ["d", "d"], ["encoder"], ["d", "linear"], ["d", "encoder"], ["d", "d", "d"]])
+    kinds = r.choice(
+        [["d"], ["d"], ["d", "d"], ["d", "d"], ["encoder"], ["d", "linear"], ["d", "encoder"], ["d", "d", "d"]]
+    )
     groups = {f"g{i}": group(r, k) for i, k in enumerate(kinds)}
     roles = sorted({role for g in groups.values() for role in g.roles})
     two = "decode" in roles and len(groups) < 3 and r.random() < 0.2
-    devices = {role: (BETA if two and role in ("decode", "kv_write") else ALPHA) for role in (*roles, "allreduce_fusion")} if two else {"": ALPHA}
+    devices = (
+        {role: (BETA if two and role in ("decode", "kv_write") else ALPHA) for role in (*roles, "allreduce_fusion")}
+        if two
+        else {"": ALPHA}
+    )
     least, most = (2, 3) if len(groups) > 2 else (2, 4) if len(groups) > 1 else (3, 6)
     catalogs = {}
     for device in {str(d): d for d in devices.values()}.values():
         plugins = [f"{device.platform}{i}" for i in range(2)]
         rows = [row(r, role, device, r.choice(plugins)) for role in roles for _ in range(r.randint(least, most))]
-        rows.append(BackendSpec(backend="unfused", role="allreduce_fusion", platform=device.platform, tier=0, accepts={"graph": ANY}))
+        rows.append(
+            BackendSpec(
+                backend="unfused", role="allreduce_fusion", platform=device.platform, tier=0, accepts={"graph": ANY}
+            )
+        )
         rows += [row(r, "allreduce_fusion", device, plugins[0]) for _ in range(r.randint(0, 2))]
         for role in roles:
             if role in ("prefill", "decode", "encode", "linear_prefill", "linear_decode") and r.random() < 0.6:
                 rows.append(permissive(role, device, r.choice(plugins), r.randrange(2)))
         if "kv_write" in roles and r.random() < 0.8:
-            accepts = {"dtype": ANY, "head_dim": ANY, "kv_cache_dtype": ANY, "kv_layout": OneOf("NHD", "HND"), "graph": ANY}
-            rows.append(BackendSpec(backend="copy", role="kv_write", platform=device.platform, tier=0, accepts=accepts, plugin=plugins[1]))
+            accepts = {
+                "dtype": ANY,
+                "head_dim": ANY,
+                "kv_cache_dtype": ANY,
+                "kv_layout": OneOf("NHD", "HND"),
+                "graph": ANY,
+            }
+            rows.append(
+                BackendSpec(
+                    backend="copy",
+                    role="kv_write",
+                    platform=device.platform,
+                    tier=0,
+                    accepts=accepts,
+                    plugin=plugins[1],
+                )
+            )
         rules = tuple(constraint(r, i, r.choice(plugins)) for i in range(r.choice([0, 0, 0, 1, 2, 4])))
         catalogs[str(device)] = DeviceCatalog(tuple(rows), rules)
     pins: dict[str, Any] = {}
@@ -137,7 +176,9 @@ def question(seed: int) -> tuple[dict[str, Device], ModelSpec, EngineOptions, Ca
     if r.random() < 0.15:
         pins["graph"] = r.choice(["none", "full"])
     if r.random() < 0.15:
-        pins[r.choice(["backend", "prefill_backend", "decode_backend"])] = r.choice([r.choice(NAMES), {"g0": r.choice(NAMES)}])
+        pins[r.choice(["backend", "prefill_backend", "decode_backend"])] = r.choice(
+            [r.choice(NAMES), {"g0": r.choice(NAMES)}]
+        )
     if r.random() < 0.15:
         pins["deny"] = (r.choice(NAMES),)
     if r.random() < 0.15:

@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def answer(devices, model, options, catalog, installed):
     """(key parts, names and widths per space, allowed shared assignments) of the real resolver, or None."""
-    problem = Problem(devices if "" not in devices else devices[""], model, options, catalog, installed)
+    problem = Problem(devices.get("", devices), model, options, catalog, installed)
     solved = problem.solve()
     if solved is None:
         return None
@@ -79,7 +79,9 @@ def test_declaration_order_changes_nothing(seed, r):
         r.shuffle(rows)
         r.shuffle(rules)
         shuffled[k] = DeviceCatalog(tuple(rows), tuple(rules))
-    assert answer(devices, model, options, Catalog(shuffled), installed) == answer(devices, model, options, catalog, installed)
+    assert answer(devices, model, options, Catalog(shuffled), installed) == answer(
+        devices, model, options, catalog, installed
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -93,7 +95,9 @@ def test_a_foreign_plugin_changes_nothing(seed):
         strangers = tuple(replace(c, plugin="stranger") for c in d.constraints)
         extended[k] = DeviceCatalog(d.backends, (*d.constraints, *strangers))
     extended["gamma:g1"] = DeviceCatalog(tuple(row(r, "decode", BETA, "gamma") for _ in range(3)))
-    assert answer(devices, model, options, Catalog(extended), installed) == answer(devices, model, options, catalog, installed)
+    assert answer(devices, model, options, Catalog(extended), installed) == answer(
+        devices, model, options, catalog, installed
+    )
 
 
 @settings(max_examples=300, deadline=None)

@@ -81,7 +81,9 @@ class Problem:
             if unknown := [r for r in given if r not in (*roles, *MODEL_ROLES)]:
                 raise BadInputError(f"unknown role {unknown[0]!r} in devices; roles of this model: {', '.join(roles)}")
             if len({id(d) for d in given.values()}) > 1 or len(set(map(str, given.values()))) > 1:
-                given = {r: given.get(r) or given.get("decode") or next(iter(given.values())) for r in (*roles, *MODEL_ROLES)}
+                given = {
+                    r: given.get(r) or given.get("decode") or next(iter(given.values())) for r in (*roles, *MODEL_ROLES)
+                }
             else:
                 given = {"": next(iter(given.values()))}
         for d in given.values():
@@ -97,7 +99,9 @@ class Problem:
             pin = getattr(self.options, field)
             for name in pin if isinstance(pin, Mapping) else ():
                 if name not in self.groups:
-                    raise BadInputError(f"{field} names group {name!r}; the model's groups are {', '.join(self.groups)}")
+                    raise BadInputError(
+                        f"{field} names group {name!r}; the model's groups are {', '.join(self.groups)}"
+                    )
 
     def _judge(self, name: str, group: Group, role: str, widths: tuple[int, ...] = ()) -> Judge:
         device = self.device(role)
@@ -111,8 +115,8 @@ class Problem:
             judges[role] = judge = self._judge(name, group, role, widths if role in ACCOMPANYING else ())
             candidates[role] = judge.candidates(self.catalog.devices[str(judge.device)].rows.get(role, ()))
             if role not in ACCOMPANYING:
-                widths = tuple(sorted({*widths, *(w for c in candidates[role] for w in c.widths if w is not None)}))
-        return GroupSpace(name, group, candidates, judges, self.shared, self.catalog.devices, self.options)
+                widths = tuple(sorted({*widths, *(c.widths[0] for c in candidates[role] if c.widths[0])}))
+        return GroupSpace(name, group, candidates, judges, self.shared, self.catalog.devices, self.options, widths)
 
     def _model_space(self) -> GroupSpace:
         first = next(iter(self.groups.values()))

@@ -58,22 +58,24 @@ def universe(fields: tuple[tuple[str, tuple[Any, ...]], ...]) -> Universe:
     return Universe(fields)
 
 
-def shared_universe(
-    groups: Mapping[str, Group], options: EngineOptions, catalogs: Sequence[DeviceCatalog]
-) -> Universe:
+def shared_universe(groups: Mapping[str, Group], options: EngineOptions, catalogs: Sequence[DeviceCatalog]) -> Universe:
     """Every number that a row, a constraint or a pin names, times cache dtypes, times graph modes."""
     dtypes = dict.fromkeys(g.dtype for g in groups.values() if g.cached)
     pins = {name: getattr(options, name) for name in SHARED}
     if not dtypes:
         graphs = (pins["graph"],) if pins["graph"] else GRAPHS
         return universe((("graph", graphs), ("kv_cache_dtype", (None,)), ("page_size", (None,))))
-    named = [c.named_values for c in catalogs]
+    named = {n: set().union(*(c.named_values[n] for c in catalogs)) for n in ("kv_cache_dtype", "page_size")}
     own = list(dtypes) if len(dtypes) == 1 else ["auto", *dtypes]
     pools: dict[str, list[Any]] = {
         "graph": list(GRAPHS),
-        "kv_cache_dtype": own + [d for d in KV_CACHE_DTYPES if d not in own and d != "auto" and any(d in n["kv_cache_dtype"] for n in named)],
-        "page_size": [*PAGE_SIZES, *sorted({v for n in named for v in n["page_size"] if isinstance(v, int) and v > 0} - set(PAGE_SIZES))],
-    }  # fmt: skip
+        "kv_cache_dtype": own
+        + [d for d in KV_CACHE_DTYPES if d in named["kv_cache_dtype"] and d not in (*own, "auto")],
+        "page_size": [
+            *PAGE_SIZES,
+            *sorted(v for v in named["page_size"] if isinstance(v, int) and v not in PAGE_SIZES),
+        ],
+    }
     return universe(tuple((n, (pins[n],) if pins[n] is not None else tuple(pool)) for n, pool in pools.items()))
 
 
@@ -100,8 +102,11 @@ class GroupSpace:
         shared: Universe,
         catalogs: Mapping[str, DeviceCatalog],
         options: EngineOptions,
+        widths: tuple[int, ...] = (),
     ) -> None:
         self.name, self.group, self.shared, self.judges = name, group, shared, judges
+        self.widths = widths
+        """Kernel head_dims that the attention roles could run at."""
         self.roles = tuple(candidates)
         self.candidates = {r: sorted(found, key=_preference) for r, found in candidates.items()}
         """Best first by (tier, rank, padded), then content."""
@@ -109,23 +114,23 @@ class GroupSpace:
         self.width = len(shared.assignments)
         self.full = (1 << (self.width * len(self.local.assignments))) - 1
         self.ones = sum(1 << (i * self.width) for i in range(len(self.local.assignments)))
-        self.masks = {
-            role: {id(c): self._mask(c) for c in found} for role, found in candidates.items()
-        }
+        self.masks = {role: {id(c): self._mask(c) for c in found} for role, found in candidates.items()}
         self.rules = [] if group is None else self._rules(catalogs)
 
-    # ---- masks -------------------------------------------------------------------------------------------------
+    # masks
 
     def _local_universe(self, options: EngineOptions) -> Universe:
         cached = self.group is not None and self.group.cached
-        rows = [c for found in self.candidates.values() for c in found]
-        layouts = {v for c in rows for n, d in c.row.settled if n == "kv_layout" for v in d.values or ()} or {"NHD"}
+        rows = [c.row for found in self.candidates.values() for c in found]
+        layouts = set().union(*(row.layouts for row in rows)) or {"NHD"}
         mla = self.group is not None and self.group.kind == "mla"
-        widths = sorted({w for c in rows for w in c.widths if w is not None and c.spec.role not in ACCOMPANYING})
         return universe(
             (
-                ("head_dim", (None,) if mla or not widths else tuple(widths)),
-                ("kv_layout", ((options.kv_layout,) if options.kv_layout else tuple(sorted(layouts))) if cached else (None,)),
+                ("head_dim", (None,) if mla or not self.widths else self.widths),
+                (
+                    "kv_layout",
+                    ((options.kv_layout,) if options.kv_layout else tuple(sorted(layouts))) if cached else (None,),
+                ),
                 ("mla_query", ("packed", "split") if mla else (None,)),
             )
         )
@@ -149,7 +154,7 @@ class GroupSpace:
         row, own = candidate.row, None if self.group is None else self.group.dtype
         memo = row.memo
         if memo[0] is self.shared and memo[1] is self.local and memo[2] == own and memo[3] == candidate.widths:
-            return memo[4]
+            return int(memo[4])
         shared, local = self.shared.full, self.local.full
         for name, d in row.settled:
             if name in _SHARED:
@@ -177,7 +182,7 @@ class GroupSpace:
             mask >>= self.width
         return out
 
-    # ---- rules -------------------------------------------------------------------------------------------------
+    # rules
 
     def _rules(self, catalogs: Mapping[str, DeviceCatalog]) -> list[Rule]:
         """Constraints that could apply here: every role, fact and value they mention exists in this group."""
@@ -225,7 +230,7 @@ class GroupSpace:
                 mask &= rule.mask(picks, self.full)
         return mask
 
-    # ---- combinations ------------------------------------------------------------------------------------------
+    # combinations
 
     def combinations(self, only: Mapping[str, str] | None = None) -> Iterator[Combination]:
         """Feasible combinations, best first. ``only`` restricts roles to one backend name (``uniform``)."""
@@ -281,7 +286,8 @@ class GroupSpace:
 
         Such a row can be in no best combination: exchanging it improves the key before names are looked at.
         """
-        masks, kept = self.masks[role], []
+        masks = self.masks[role]
+        kept: list[tuple[Candidate, int, tuple[Any, ...]]] = []
         for c in rows:
             mask, sig = masks[id(c)], self._signature(role, c)
             for k, beyond, k_sig in kept:
@@ -297,7 +303,10 @@ class GroupSpace:
         i = self.roles.index(role)
         name = c.spec.backend
         return tuple(
-            (r.constraint.plugin == c.spec.plugin, *(name in side[i] for side in (r.when_roles, r.then_roles) if i in side))
+            (
+                r.constraint.plugin == c.spec.plugin,
+                *(name in side[i] for side in (r.when_roles, r.then_roles) if i in side),
+            )
             for r in self.rules
         )
 
@@ -341,9 +350,7 @@ def ordered(
     """
     if not all(lists):
         return
-    classes = [
-        [list(g) for _, g in groupby(rows, key=_class)] for rows in lists
-    ]
+    classes = [[list(g) for _, g in groupby(rows, key=_class)] for rows in lists]
     start = (0,) * len(lists)
     heap = [(_head([c[0][0] for c in classes], required), start)]
     seen = {start}
@@ -374,7 +381,7 @@ def _class(c: Candidate) -> tuple[int, int, int]:
 
 
 def _head(picks: Sequence[Candidate], required: Sequence[bool]) -> Key:
-    """Tiers of required roles, weakest first; of accompanying roles; sum of ranks; padded columns. Smaller is better."""
+    """Tiers of required roles, weakest first; of accompanying roles; ranks; padded columns. Smaller is better."""
     return (
         tuple(sorted((-c.tier for c, r in zip(picks, required) if r), reverse=True)),
         tuple(sorted((-c.tier for c, r in zip(picks, required) if not r), reverse=True)),

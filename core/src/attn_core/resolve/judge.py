@@ -21,14 +21,16 @@ _FEATURES = {
 """Feature -> the plain values a backend that says nothing accepts."""
 _SETTLED = frozenset(n for n, f in FIELDS.items() if f.settled)
 _CLAIM = frozenset(n for n, f in FIELDS.items() if f.scope == "claim")
-_ALWAYS_INT = frozenset({"head_dim", "v_head_dim", "num_heads", "num_kv_heads", "group_size", "tensor_parallel", "world_size"})
+_ALWAYS_INT = frozenset(
+    {"head_dim", "v_head_dim", "num_heads", "num_kv_heads", "group_size", "tensor_parallel", "world_size"}
+)
 _WIDTHS = ("head_dim", "v_head_dim", "head_dims")
 
 
 class Row:
     """A BackendSpec prepared for judging: only the checks that can fail, in plain containers. Made once per catalog."""
 
-    __slots__ = ("checks", "index", "memo", "needs", "required", "settled", "shaped", "spec", "stated")
+    __slots__ = ("checks", "index", "layouts", "memo", "needs", "required", "settled", "shaped", "spec", "stated")
 
     def __init__(self, spec: BackendSpec, index: int) -> None:
         self.spec = spec
@@ -50,6 +52,8 @@ class Row:
             if (d := spec.accepts.get(n, FIELDS[n].default)) is not None and not d.is_any
         )
         """Domains on the values the resolver settles, defaults included."""
+        self.layouts = tuple(v for n, d in self.settled if n == "kv_layout" for v in d.values or ())
+        """Cache layouts this row names."""
         self.memo: tuple[Any, ...] = (None, None, None, None, 0)
         """The last mask computed for this row, and what it was computed for."""
 
@@ -221,6 +225,8 @@ class Judge:
                 self._note(code, row, name, value, spec.accepts[name])
         if self.pins:
             self._judge_pins(row)
+        if spec.backend in self.installed.unusable:
+            self._note("package", row, "kernel", self.installed.unusable[spec.backend], None)
         for requirement, package in row.required:
             found = self.installed.version(requirement, self.written_for)
             if found is None:
@@ -229,7 +235,7 @@ class Judge:
                 self._note("package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint)
             elif found and not requirement.admits(found):
                 hint = requirement.install or f"install {requirement.spec}"
-                self._note("version", row, package, found, str(requirement.specifier), hint)
+                self._note("version", row, package, found, requirement.range, hint)
 
     def _judge_pins(self, row: Row) -> None:
         for name, value in self.pins.items():
@@ -283,12 +289,9 @@ def admits(name: str, value: Any, allowed: Domain, own: str | None) -> bool:
 def _at_least(size: int, where: Domain | Mapping[str, Domain]) -> list[int]:
     """Candidate sizes from ``size`` up: itself, every listed size, and the next multiple of a step."""
     domains = [where] if isinstance(where, Domain) else [where[n] for n in ("head_dim", "head_dims") if n in where]
-    sizes = {size}
+    sizes: set[Any] = {size}
     for d in domains:
         sizes |= {v[0] if isinstance(v, tuple) else v for v in d.values or ()}
         if d.step:
             sizes |= {-(-size // d.step) * d.step, d.min or d.step}
     return sorted(w for w in sizes if w >= size and (not isinstance(where, Domain) or w in where))
-
-
-

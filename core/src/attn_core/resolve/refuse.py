@@ -10,6 +10,7 @@ from attn_core.explain import grouped
 from attn_core.resolve.judge import Raw, Rejections
 from attn_core.resolve.settle import conflict_text
 from attn_core.spec import ACCOMPANYING, Decision, Tier
+from attn_core.spec.check import nearest
 from attn_core.spec.fields import SHARED
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _CURABLE = frozenset({"package", "version", "pin", "denied"})
 
 def no_backend(problem: Problem) -> NoBackendError:
     """Why nothing fits: empty roles first, then conflicts inside a group, then conflicts between groups."""
-    lines, reasons = [], list(problem.reasons)
+    lines, reasons = list(_unknown_pins(problem)), list(problem.reasons)
     empty = [(s, r) for s in problem.spaces for r in s.roles if not s.candidates[r]]
     for space, role in empty:
         lines.append(f"no backend can {role} group {space.name} on {problem.device(role)}")
@@ -42,14 +43,28 @@ def no_backend(problem: Problem) -> NoBackendError:
     return NoBackendError("no_backend", text, rejections, relaxations)
 
 
+def _unknown_pins(problem: Problem) -> Iterator[str]:
+    """Pinned names that nobody offers here: most often a typing error, or a plugin that is not installed."""
+    for space in problem.spaces:
+        for role, judge in space.judges.items():
+            rows = problem.catalog.devices[str(judge.device)].rows.get(role, ())
+            names = sorted({row.spec.backend for row in rows})
+            if judge.pinned is not None and judge.pinned not in names:
+                yield (
+                    f"no installed plugin offers backend {judge.pinned!r} to {role} on {judge.device}"
+                    f"{nearest(judge.pinned, names)}; offered: {', '.join(names) or 'nothing'}"
+                )
+
+
 def _conflicts(problem: Problem, space: GroupSpace, *, alone: bool) -> Iterator[Raw]:
     """One reason per live row that cannot meet the others; ``alone``: inside its group, else between groups."""
     if space.group is None:
         return
     for role in space.roles:
         for c in space.candidates[role]:
-            field, got, allowed = conflict_text(problem, space, role, c, within=alone)
-            yield Raw("conflict", c.spec, space.name, field, got, allowed)
+            conflict = conflict_text(problem, space, role, c, within=alone)
+            if conflict is not None:
+                yield Raw("conflict", c.spec, space.name, *conflict)
 
 
 def check_reference(problem: Problem, decision: Decision) -> None:
@@ -57,10 +72,19 @@ def check_reference(problem: Problem, decision: Decision) -> None:
 
     Not when the user named that backend or set ``allow_reference``; never for accompanying roles.
     """
+    lines = _poor(problem, decision)
+    if lines:
+        relaxations = (*_relaxations(problem), "allow_reference=True accepts the reference backend")
+        rejections = Rejections(problem.reasons)
+        raise NoBackendError("reference_only", _text(problem, lines, rejections, relaxations), rejections, relaxations)
+
+
+def _poor(problem: Problem, decision: Decision) -> list[str]:
+    """One line per required role that would run on a reference although something curable kept a better one away."""
     options = problem.options
+    lines: list[str] = []
     if options.allow_reference:
-        return
-    lines = []
+        return lines
     for name, group in decision.groups.items():
         for role, choice in group.choices.items():
             device = problem.device(role)
@@ -74,10 +98,7 @@ def check_reference(problem: Problem, decision: Decision) -> None:
                     f"group {name} {role} on {device} would run on {choice.backend}, a slow reference, "
                     f"because better ones are missing: {'; '.join(why)}"
                 )
-    if lines:
-        relaxations = (*_relaxations(problem), "allow_reference=True accepts the reference backend")
-        rejections = Rejections(problem.reasons)
-        raise NoBackendError("reference_only", _text(problem, lines, rejections, relaxations), rejections, relaxations)
+    return lines
 
 
 def _curable(problem: Problem, group: str, role: str) -> set[str]:
@@ -115,6 +136,8 @@ def _relaxations(problem: Problem) -> Iterator[str]:
         best = again.solve()
         if best is not None:
             decision = settle.decision(again, *best)
+            if _poor(again, decision):
+                continue
             yield f"without {name}={_shown(value)}: {_summary(decision)}"
 
 
@@ -133,8 +156,13 @@ def _summary(decision: Decision) -> str:
 
 def _text(problem: Problem, lines: list[str], rejections: Rejections, relaxations: tuple[str, ...]) -> str:
     """Short enough to read in a terminal: headline, grouped reasons, ways out."""
-    out = [f"{problem.model.architecture or 'model'}: {line}" for line in lines]
-    out += grouped(rejections)
+    model = problem.model.architecture or "model"
+    out = [f"{model}: {line}" for line in _most(lines, 6)]
+    out += grouped(rejections, most=36)
     if relaxations:
-        out += ["ways out:", *(f"  - {r}" for r in relaxations)]
+        out += ["ways out:", *(f"  - {r}" for r in _most(list(relaxations), 12))]
     return "\n".join(out)
+
+
+def _most(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more"]

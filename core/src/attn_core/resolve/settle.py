@@ -15,7 +15,8 @@ from attn_core.spec.model import AttentionSpec
 if TYPE_CHECKING:
     from attn_core.resolve import Problem
 
-_TIERS = {t: t.name for t in Tier}
+_TIERS = {int(t): t.name for t in Tier}
+_MOST_NAMED = 4
 _SPEAKING = ("decode", "prefill", "encode")
 
 
@@ -48,7 +49,7 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
         because=because,
         rejections=Rejections(reasons),  # type: ignore[arg-type]
         plugins=problem.catalog.reports,
-        versions=_versions(problem, chosen),
+        versions=_versions(problem),
     )
 
 
@@ -79,13 +80,14 @@ def _settle_shared(
 ) -> tuple[dict[str, Any], int]:
     """Choose among the assignments left, field by field, each by its order of preference; values and their bit."""
     out: dict[str, Any] = {}
+    speakers = _speakers(problem, chosen)
     for name in SHARED:
         allowed = problem.shared.allowed(name, mask)
         value, why = allowed[0], []
         if getattr(problem.options, name) is not None:
             why = ["pinned by the engine"]
         elif value is not None:
-            value, why = _preferred(problem, chosen, name, allowed)
+            value, why = _preferred(problem, speakers, name, allowed)
             if len(allowed) > 1:
                 why.append(f"also possible: {', '.join(str(a) for a in allowed if a != value)}")
         mask &= problem.shared.value_mask[name][value]
@@ -96,7 +98,7 @@ def _settle_shared(
 
 
 def _preferred(
-    problem: Problem, chosen: Sequence[Combination], name: str, allowed: tuple[Any, ...]
+    problem: Problem, speakers: Sequence[tuple[str, GroupSpace, Candidate]], name: str, allowed: tuple[Any, ...]
 ) -> tuple[Any, list[str]]:
     """Decode speaks first, then prefill, encode, others; silence means the vocabulary's own order.
 
@@ -106,7 +108,7 @@ def _preferred(
         own = [d for d in allowed if d == "auto" or d in {g.dtype for g in problem.groups.values() if g.cached}]
         if own:
             return own[0], ["the model's own dtype"]
-    for role, space, c in _speakers(problem, chosen):
+    for role, space, c in speakers:
         domain = c.spec.accepts.get(name)
         if domain is not None and domain.values is not None:
             spoken = [v for v in domain.values if v in allowed]
@@ -116,26 +118,24 @@ def _preferred(
     return allowed[0], ["no backend prefers another; the usual order of attn-core"]
 
 
-def _speakers(problem: Problem, chosen: Sequence[Combination]) -> Iterator[tuple[str, GroupSpace, Candidate]]:
-    spoken = [
-        (role, space, c)
-        for space, combination in zip(problem.spaces, chosen)
-        for role, c in zip(space.roles, combination.picks)
-    ]
+def _speakers(problem: Problem, chosen: Sequence[Combination]) -> list[tuple[str, GroupSpace, Candidate]]:
     order = {r: i for i, r in enumerate(_SPEAKING)}
-    yield from sorted(spoken, key=lambda s: order.get(s[0], len(order)))
+    return sorted(
+        (
+            (role, space, c)
+            for space, combination in zip(problem.spaces, chosen)
+            for role, c in zip(space.roles, combination.picks)
+        ),
+        key=lambda s: order.get(s[0], len(order)),
+    )
 
 
 def _settle_local(
     space: GroupSpace, combination: Combination, bit: int, because: dict[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     """Narrowest common width, then layout and query form by preference, among what the shared values leave."""
-    mask = sum(
-        1 << i for i in range(len(space.local.assignments)) if combination.mask >> (i * space.width + bit) & 1
-    )
-    picks = sorted(
-        zip(space.roles, combination.picks), key=lambda p: (*_SPEAKING, p[0]).index(p[0])
-    )
+    mask = sum(1 << i for i in range(len(space.local.assignments)) if combination.mask >> (i * space.width + bit) & 1)
+    picks = sorted(zip(space.roles, combination.picks), key=lambda p: (*_SPEAKING, p[0]).index(p[0]))
     out: dict[str, Any] = {}
     for name in LOCAL_ORDER:
         allowed = space.local.allowed(name, mask)
@@ -172,11 +172,15 @@ def _plain_first(name: str, allowed: tuple[Any, ...]) -> Any:
 
 def _why_backends(space: GroupSpace, combination: Combination, because: dict[str, tuple[str, ...]]) -> None:
     for role, c in zip(space.roles, combination.picks):
-        others = [o for o in space.candidates[role] if o.spec.backend != c.spec.backend]
-        names = list(dict.fromkeys(f"{o.spec.backend} ({_TIERS[o.tier]})" for o in others[:8]))
         why = [f"{c.spec.backend} is {_TIERS[c.tier]}" + (f", rank {c.rank}" if c.rank else "")]
-        if names:
-            why.append(f"also eligible: {', '.join(names[:4])}" + (" and more" if len(names) > 4 else ""))
+        others: dict[str, str] = {}
+        for o in space.candidates[role]:
+            if o.spec.backend != c.spec.backend:
+                others.setdefault(o.spec.backend, _TIERS[o.tier])
+                if len(others) == _MOST_NAMED:
+                    break
+        if others:
+            why.append(f"also eligible: {', '.join(f'{name} ({tier})' for name, tier in others.items())}")
         because[f"{space.name}.{role}"] = tuple(why)
 
 
@@ -196,25 +200,35 @@ def _near_misses(problem: Problem, chosen: Sequence[Combination]) -> Iterator[Ra
                     yield Raw("conflict", o.spec, space.name, *_disagreement(space, space.masks[role][id(o)], others))
 
 
-def conflict_text(problem: Problem, space: GroupSpace, role: str, c: Candidate, *, within: bool) -> tuple[str, str, str]:
-    """Why a live row has nothing to be combined with: (field, what it needs, what the others allow)."""
-    others = space.full
-    for r in space.roles:
-        if r != role:
-            others &= union(space.masks[r].values())
+def conflict_text(
+    problem: Problem, space: GroupSpace, role: str, c: Candidate, *, within: bool
+) -> tuple[str, str, str] | None:
+    """Why a live row has nothing to be combined with: (field, what it needs, what another party allows).
+
+    ``within``: parties are the group's other roles, else the other groups. None when it agrees with each of them.
+    """
+    mine = space.masks[role][id(c)]
+    if within:
+        parties = {r: union(space.masks[r].values()) for r in space.roles if r != role}
+    else:
+        parties = {s.name: space.ones * s.reach for s in problem.spaces if s is not space}
+    for party, theirs in parties.items():
+        if not mine & theirs:
+            return _disagreement(space, mine, theirs, party)
     if not within:
-        for s in problem.spaces:
-            if s is not space:
-                for r in s.roles:
-                    others &= space.ones * s.project(union(s.masks[r].values()))
-    return _disagreement(space, space.masks[role][id(c)], others)
+        return None
+    joint = mine
+    for theirs in parties.values():
+        joint &= theirs
+    return _disagreement(space, mine, joint)  # each pair agrees: it is all of them together, or a rule
 
 
-def _disagreement(space: GroupSpace, mine: int, others: int) -> tuple[str, str, str]:
-    for name in (*SHARED, *LOCAL):
+def _disagreement(space: GroupSpace, mine: int, others: int, party: str = "") -> tuple[str, str, str]:
+    who = f"{party} allows" if party else "the others allow"
+    for name in (*SHARED, *LOCAL, "head_dim"):
         a, b = space.allowed(name, mine), space.allowed(name, others)
         if not set(a) & set(b):
-            return name, f"it needs {_list(a)}", f"the others allow {_list(b)}"
+            return name, f"it needs {_list(a)}", f"{who} {_list(b)}"
     if not mine & others:
         return "values", "each value is possible by itself", "no combination of them is"
     for rule in space.rules:
@@ -227,16 +241,14 @@ def _list(values: Sequence[Any]) -> str:
     return f"{shown}, ..." if len(values) > 6 else shown or "nothing"
 
 
-def _versions(problem: Problem, chosen: Sequence[Combination]) -> dict[str, str]:
-    """Package versions the chosen backends rest on, and the devices' toolkits."""
+def _versions(problem: Problem) -> dict[str, str]:
+    """The devices' toolkits and every package found that some row asks for: what a replay must take as installed."""
     out: dict[str, str] = {}
-    for d in problem.devices.values():
-        out.update(d.versions)
-    for space, combination in zip(problem.spaces, chosen):
-        for role, c in zip(space.roles, combination.picks):
-            written_for = problem.catalog.devices[str(problem.device(role))].written_for
-            for r, name in c.row.required:
-                found = problem.installed.version(r, written_for)
-                if found:
-                    out[name] = found
-    return dict(sorted(out.items()))
+    for device in problem.devices.values():
+        out.update(device.versions)
+        catalog = problem.catalog.devices[str(device)]
+        for name, requirement in catalog.packages.items():
+            found = problem.installed.version(requirement, catalog.written_for)
+            if found is not None:
+                out[name] = found
+    return out

@@ -10,9 +10,6 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from packaging.requirements import InvalidRequirement
-from packaging.requirements import Requirement as _Pep508
-
 from attn_core.domain import Domain, Value, domain
 from attn_core.errors import DeclarationError
 from attn_core.spec.check import nearest
@@ -50,24 +47,32 @@ class Requirement:
 
     def __post_init__(self) -> None:
         try:
-            parsed = _Pep508(self.spec)
-        except InvalidRequirement as e:
+            parsed = _parse(self.spec)
+        except ValueError as e:
             raise DeclarationError(f"requires={self.spec!r} is not a requirement like 'package>=1.2': {e}") from None
         object.__setattr__(self, "symbols", tuple(self.symbols))
         object.__setattr__(self, "name", canonical(parsed.name))
-        object.__setattr__(self, "specifier", parsed.specifier)
+        object.__setattr__(self, "range", str(parsed.specifier))
 
     name: str = field(init=False, compare=False, default="")
-    specifier: Any = field(init=False, compare=False, repr=False, default=None)
+    """Canonical name of the package or toolkit."""
+    range: str = field(init=False, compare=False, repr=False, default="")
+    """The version range alone, as text."""
 
     def admits(self, version: str) -> bool:
         """Whether a version lies in the range. Pre-releases count: a nightly has the kernels of its number."""
         return _admits(self.spec, version)
 
 
+def _parse(spec: str) -> Any:
+    from packaging.requirements import Requirement as Pep508  # a third of core's import time, so only when needed
+
+    return Pep508(spec)
+
+
 @lru_cache(maxsize=4096)
 def _admits(spec: str, version: str) -> bool:
-    return _Pep508(spec).specifier.contains(version, prereleases=True)
+    return bool(_parse(spec).specifier.contains(version, prereleases=True))
 
 
 def canonical(name: str) -> str:
@@ -140,7 +145,8 @@ class BackendSpec:
             raise DeclarationError(f"{where}: accepts must be a mapping of field name to domain")
         put(self, "accepts", _accepts(where, self.accepts))
         try:
-            put(self, "tier", Tier[self.tier] if isinstance(self.tier, str) else Tier(self.tier))
+            given: Any = self.tier
+            put(self, "tier", Tier[given] if isinstance(given, str) else Tier(given))
         except (KeyError, ValueError):
             raise DeclarationError(f"{where}: tier={self.tier!r} is not one of {[t.name for t in Tier]}") from None
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):

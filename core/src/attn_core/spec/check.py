@@ -24,7 +24,9 @@ KV_CACHE_DTYPES = (
 
 def nearest(word: object, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` when something close is known, else nothing."""
-    match = difflib.get_close_matches(str(word), list(known), n=1)
+    names = list(known)
+    starts = [k for k in names if word and k.startswith(str(word))]  # "encoder" means encoder_only, not decoder
+    match = starts or difflib.get_close_matches(str(word), names, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -48,6 +48,8 @@ class Rejection:
     def text(self) -> str:
         """One sentence without the backend's name."""
         allowed = self.allowed
+        if self.code == "package" and self.field == "kernel":
+            return f"its kernel could not be bound: {self.got}"
         if isinstance(allowed, list | tuple):
             allowed = ", ".join(map(_word, allowed)) or "nothing"
         return _TEXT[self.code].format(field=self.field, got=_word(self.got), allowed=_word(allowed))
@@ -177,7 +179,11 @@ class Decision:
     @property
     def device(self) -> Device:
         """The device, or the one that decodes when roles run on several."""
-        return self.devices.get("", next(iter(self.devices.values()))) if "decode" not in self.devices else self.devices["decode"]
+        return (
+            self.devices.get("", next(iter(self.devices.values())))
+            if "decode" not in self.devices
+            else self.devices["decode"]
+        )
 
     def device_of(self, role: str) -> Device:
         return self.devices.get(role) or self.device

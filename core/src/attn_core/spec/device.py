@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from attn_core.errors import BadInputError
 from attn_core.spec import check
@@ -64,8 +65,8 @@ class Device:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Device:
-        return cls(**{**data, "isa": frozenset(data["isa"])})  # type: ignore[arg-type]
+    def from_json(cls, data: Mapping[str, Any]) -> Device:
+        return cls(**{**data, "isa": frozenset(data["isa"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,14 +93,17 @@ class AttentionSpec:
                 raise BadInputError(f"{where}: kind='mla' needs latent_dim, rope_dim and nope_dim")
             if self.head_dim != self.nope_dim + self.rope_dim:
                 raise BadInputError(
-                    f"{where}: mla head_dim={self.head_dim} must be nope_dim + rope_dim = {self.nope_dim + self.rope_dim}"
+                    f"{where}: mla head_dim={self.head_dim} must be nope_dim + rope_dim, "
+                    f"{self.nope_dim} + {self.rope_dim}"
                 )
             if self.attn_type != "decoder":
                 raise BadInputError(f"{where}: kind='mla' is decoder attention, not {self.attn_type}")
         if self.sparse == "dsa" and not self.topk:
             raise BadInputError(f"{where}: sparse='dsa' needs topk, the number of indices per query")
         layers = tuple(self.layers)
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) < len(layers):
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) < len(
+            layers
+        ):
             raise BadInputError(f"{where}: layers={layers} must be distinct non-negative indices")
         put(self, "layers", layers)
 
@@ -260,7 +263,8 @@ class LinearSpec:
             return self
         if self.num_heads % ranks or self.num_v_heads % ranks:
             raise BadInputError(
-                f"{self.kind} heads {self.num_heads}/{self.num_v_heads} cannot be split over tensor_parallel={ranks} ranks"
+                f"{self.kind} heads {self.num_heads}/{self.num_v_heads} cannot be split over "
+                f"tensor_parallel={ranks} ranks"
             )
         return replace(self, num_heads=self.num_heads // ranks, num_v_heads=self.num_v_heads // ranks)
 
@@ -269,7 +273,8 @@ class LinearSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LinearSpec:
-        return cls(**{k: tuple(v) if k == "layers" else v for k, v in data.items() if k != "linear"})
+        fields: dict[str, Any] = {k: tuple(v) if k == "layers" else v for k, v in data.items() if k != "linear"}
+        return cls(**fields)
 
 
 Group = AttentionSpec | LinearSpec
@@ -332,7 +337,9 @@ class ModelSpec:
             return self._layer_groups[layer]
         if len(self.groups) == 1:
             return next(iter(self.groups))
-        raise BadInputError(f"layer {layer} belongs to no group of {self.architecture or 'the model'}: {list(self.groups)}")
+        raise BadInputError(
+            f"layer {layer} belongs to no group of {self.architecture or 'the model'}: {list(self.groups)}"
+        )
 
     def sharded(self, ranks: int) -> ModelSpec:
         return self if ranks == 1 else replace(self, groups={n: g.sharded(ranks) for n, g in self.groups.items()})
@@ -374,8 +381,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        read = lambda g: LinearSpec.from_json(g) if g.get("linear") else AttentionSpec.from_json(g)  # noqa: E731
-        groups = {n: read(g) for n, g in data["groups"].items()}
+        groups: dict[str, Group] = {
+            n: LinearSpec.from_json(g) if g.get("linear") else AttentionSpec.from_json(g)
+            for n, g in data["groups"].items()
+        }
         return cls(groups=groups, architecture=data.get("architecture", ""), notes=tuple(data.get("notes", ())))
 
 

@@ -69,14 +69,17 @@ class EngineOptions:
             )
         check.size(where, "max_model_len", self.max_model_len, optional=True)
         check.size(where, "max_num_seqs", self.max_num_seqs, optional=True)
-        deny = (self.deny,) if isinstance(self.deny, str) else tuple(self.deny)
+        given: Any = self.deny
+        deny = (given,) if isinstance(given, str) else tuple(given)
         put(self, "deny", tuple(sorted(set(deny))))
         for name in ("backend", "prefill_backend", "decode_backend"):
             pin = getattr(self, name)
             if isinstance(pin, Mapping):
                 put(self, name, dict(sorted(pin.items())))
             elif pin is not None and not (isinstance(pin, str) and pin):
-                raise BadInputError(f"{where}: {name}={pin!r} must be a backend name, a {{group: name}} mapping or None")
+                raise BadInputError(
+                    f"{where}: {name}={pin!r} must be a backend name, a {{group: name}} mapping or None"
+                )
 
     def __hash__(self) -> int:
         return hash(tuple(str(getattr(self, f.name)) for f in fields(self)))
