@@ -34,7 +34,10 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for name, value in decision.values.items():
         reasons = "; ".join(decision.because.get(name, ()))
         out.append(f"  {name}: {value}" + (f"  ({reasons})" if reasons else ""))
-    refused = grouped(decision.rejections, most=None if verbose else _MOST_LINES)
+    chosen = {(c.backend, n, r) for n, g in decision.groups.items() for r, c in g.choices.items()}
+    chosen |= {(c.backend, "", r) for r, c in decision.roles.items()}
+    others = [r for r in decision.rejections if verbose or (r.backend, r.group, r.role) not in chosen]
+    refused = grouped(others, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]
     for p in decision.plugins:

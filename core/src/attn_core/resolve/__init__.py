@@ -22,7 +22,7 @@ from attn_core.catalog import Catalog, Installed
 from attn_core.errors import BadInputError
 from attn_core.resolve import refuse, settle
 from attn_core.resolve.combine import Combination, GroupSpace, Key, Universe, merge, shared_universe
-from attn_core.resolve.judge import Judge, Raw, Rejections
+from attn_core.resolve.judge import Judge, Raw, Row
 from attn_core.spec import ACCOMPANYING, Decision, Device, EngineOptions, ModelSpec
 from attn_core.spec.model import Group
 
@@ -64,7 +64,7 @@ class Problem:
         self.model, self.options, self.catalog, self.installed = model, options, catalog, installed
         self.groups: dict[str, Group] = {n: g.sharded(options.tensor_parallel) for n, g in model.groups.items()}
         self.devices = self._devices(devices)
-        self.reasons: list[Raw] = []
+        self.rejected: list[tuple[Judge, Row]] = []
         self._check_pins()
         used = [catalog.devices[k] for k in dict.fromkeys(str(d) for d in self.devices.values())]
         self.shared: Universe = shared_universe(self.groups, options, used)
@@ -106,14 +106,21 @@ class Problem:
     def _judge(self, name: str, group: Group, role: str, widths: tuple[int, ...] = ()) -> Judge:
         device = self.device(role)
         written_for = self.catalog.devices[str(device)].written_for
-        return Judge(name, group, role, device, self.options, self.installed, written_for, self.reasons, widths)
+        return Judge(name, group, role, device, self.options, self.installed, written_for, widths)
+
+    def _rows(self, judge: Judge) -> Sequence[Row]:
+        return self.catalog.devices[str(judge.device)].rows.get(judge.role, ())
+
+    def reasons(self) -> list[Raw]:
+        """Every reason against every row that was not eligible."""
+        return [reason for judge, row in self.rejected for reason in judge.reasons(row)]
 
     def _space(self, name: str, group: Group) -> GroupSpace:
         judges, candidates = {}, {}
         widths: tuple[int, ...] = ()
         for role in group.roles:  # kv_write comes last: it must serve the widths the others may settle on
             judges[role] = judge = self._judge(name, group, role, widths if role in ACCOMPANYING else ())
-            candidates[role] = judge.candidates(self.catalog.devices[str(judge.device)].rows.get(role, ()))
+            candidates[role] = judge.candidates(self._rows(judge), self.rejected)
             if role not in ACCOMPANYING:
                 widths = tuple(sorted({*widths, *(c.widths[0] for c in candidates[role] if c.widths[0])}))
         return GroupSpace(name, group, candidates, judges, self.shared, self.catalog.devices, self.options, widths)
@@ -121,8 +128,7 @@ class Problem:
     def _model_space(self) -> GroupSpace:
         first = next(iter(self.groups.values()))
         judges = {r: self._judge("", first, r) for r in MODEL_ROLES}
-        rows = {r: self.catalog.devices[str(j.device)].rows.get(r, ()) for r, j in judges.items()}
-        candidates = {r: judges[r].candidates(rows[r]) for r in MODEL_ROLES if rows[r]}
+        candidates = {r: j.candidates(self._rows(j), self.rejected) for r, j in judges.items() if self._rows(j)}
         return GroupSpace("", None, candidates, judges, self.shared, self.catalog.devices, self.options)
 
     def solve(self) -> tuple[Key, list[Combination], int] | None:
@@ -179,4 +185,4 @@ def _split(possible: int, frontiers: Sequence[Sequence[tuple[int, Any]]]) -> lis
     return parts
 
 
-__all__ = ["Problem", "Rejections", "resolve"]
+__all__ = ["Problem", "resolve"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from attn_core.catalog import Installed
-from attn_core.domain import Domain, MultipleOf, OneOf
+from attn_core.domain import ANY, Domain, OneOf
 from attn_core.spec import BackendSpec, Device, EngineOptions, Rejection
 from attn_core.spec.decision import RejectionCode
 from attn_core.spec.fields import FIELDS, RELEVANT, SHARED
@@ -91,16 +91,16 @@ class Raw(NamedTuple):
 
 
 class Rejections(Sequence[Rejection]):
-    """Rejections made from raw reasons on first reading: a decision that nobody explains pays nothing for them."""
+    """Rejections worked out on first reading: a decision that nobody explains pays nothing for them."""
 
-    def __init__(self, raw: Iterable[Raw]) -> None:
-        self._raw: list[Raw] | None = list(raw)
+    def __init__(self, reasons: Callable[[], Iterable[Raw]]) -> None:
+        self._reasons: Callable[[], Iterable[Raw]] | None = reasons
         self._made: tuple[Rejection, ...] = ()
 
     def _all(self) -> tuple[Rejection, ...]:
-        if self._raw is not None:
-            made = sorted((r.rejection() for r in self._raw), key=_order)
-            self._made, self._raw = tuple(made), None
+        if self._reasons is not None:
+            self._made = tuple(sorted((r.rejection() for r in self._reasons()), key=_order))
+            self._reasons = None
         return self._made
 
     def __getitem__(self, i: Any) -> Any:
@@ -117,6 +117,9 @@ class Rejections(Sequence[Rejection]):
 
     def __repr__(self) -> str:
         return repr(self._all())
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Rejection, ...]]]:
+        return (tuple, (self._all(),))
 
 
 def _order(r: Rejection) -> tuple[str, ...]:
@@ -154,13 +157,12 @@ class Judge:
         options: EngineOptions,
         installed: Installed,
         written_for: Mapping[str, str],
-        reasons: list[Raw],
         widths: tuple[int, ...] = (),
     ) -> None:
         self.name, self.group, self.role, self.device = name, group, role, device
         self.widths = widths
         """``kv_write`` only: the kernel widths that the group's attention roles may settle on."""
-        self.installed, self.written_for, self.reasons = installed, written_for, reasons
+        self.installed, self.written_for = installed, written_for
         self.deny = frozenset(options.deny)
         self.pinned = options.pinned_backend(name, role)
         self.pins = {n: v for n in (*SHARED, "kv_layout") if (v := getattr(options, n)) is not None}
@@ -187,34 +189,36 @@ class Judge:
             self.facts[form] = facts, demands
         return self.facts[form]
 
-    def candidates(self, rows: Iterable[Row]) -> list[Candidate]:
-        """The rows that survive, in every kernel width they could run at; reasons against the others are noted."""
+    def candidates(self, rows: Iterable[Row], rejected: list[tuple[Judge, Row]]) -> list[Candidate]:
+        """The rows that survive, in every kernel width they could run at; the others are put on ``rejected``."""
         out: list[Candidate] = []
-        reasons = self.reasons
         for row in rows:
-            before, spec = len(reasons), row.spec
+            spec = row.spec
             facts, demands = self.facts.get(spec.form) or self._facts(spec.form)
-            self._judge(row, facts, demands)
-            if row.shaped:
-                found = self._shapes(row, facts)
-                if len(reasons) == before:
-                    out += found
-            elif len(reasons) == before:
-                widths = (facts.get("head_dim"),)
-                out.append(Candidate(row, spec.tier, spec.rank, 0, widths, facts.get("num_heads")))
+            if next(self._reasons(row, facts, demands), None) is not None:
+                rejected.append((self, row))
+            elif row.shaped:
+                out += self._shapes(row, facts)
+            else:
+                out.append(Candidate(row, spec.tier, spec.rank, 0, (facts.get("head_dim"),), facts.get("num_heads")))
         return out
 
-    def _judge(self, row: Row, facts: dict[str, Any], demands: tuple[str, ...]) -> None:
+    def reasons(self, row: Row) -> Iterator[Raw]:
+        """Every reason against a row."""
+        return self._reasons(row, *self._facts(row.spec.form))
+
+    def _reasons(self, row: Row, facts: dict[str, Any], demands: tuple[str, ...]) -> Iterator[Raw]:
+        """One by one, so that judging stops at the first and explaining goes on to the last."""
         spec = row.spec
-        if spec.backend in self.deny:
-            self._note("denied", row, "backend", spec.backend, None)
-        if self.pinned is not None and spec.backend != self.pinned:
-            self._note("pin", row, "backend", self.pinned, OneOf(spec.backend))
-        if not row.needs <= self.device.isa:
-            self._note("isa", row, "isa", self.device.arch, tuple(sorted(row.needs - self.device.isa)))
         for name in demands:
             if name not in row.stated:
-                self._note("feature", row, name, facts[name], FIELDS[name].default)
+                yield self._raw("feature", row, name, facts[name], FIELDS[name].default)
+        if not row.needs <= self.device.isa:
+            yield self._raw("isa", row, "isa", self.device.arch, tuple(sorted(row.needs - self.device.isa)))
+        if self.deny and spec.backend in self.deny:
+            yield self._raw("denied", row, "backend", spec.backend, None)
+        if self.pinned is not None and spec.backend != self.pinned:
+            yield self._raw("pin", row, "backend", self.pinned, OneOf(spec.backend))
         for name, allowed in row.checks:
             if name not in facts:
                 continue
@@ -222,61 +226,64 @@ class Judge:
             if value not in allowed and not (value is None and name in _UNKNOWN_PASSES):
                 plain = _FEATURES.get(name)
                 code: RejectionCode = "value" if plain is None or value in plain else "feature"
-                self._note(code, row, name, value, spec.accepts[name])
+                yield self._raw(code, row, name, value, spec.accepts[name])
+        if row.shaped and not self._shapes(row, facts):
+            yield self._unreachable(row, facts)
         if self.pins:
-            self._judge_pins(row)
-        if spec.backend in self.installed.unusable:
-            self._note("package", row, "kernel", self.installed.unusable[spec.backend], None)
+            yield from self._pin_reasons(row)
         for requirement, package in row.required:
             found = self.installed.version(requirement, self.written_for)
+            hint = requirement.install or f"install {requirement.spec}"
             if found is None:
-                impostor = self.installed.impostors.get(package, "")
-                hint = requirement.install or f"install {requirement.spec}"
-                self._note("package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint)
+                impostor = self.installed.impostors.get(package)
+                yield self._raw("package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint)
             elif found and not requirement.admits(found):
-                hint = requirement.install or f"install {requirement.spec}"
-                self._note("version", row, package, found, requirement.range, hint)
+                yield self._raw("version", row, package, found, requirement.range, hint)
+        if spec.backend in self.installed.unusable:
+            yield self._raw("package", row, "kernel", self.installed.unusable[spec.backend], None)
 
-    def _judge_pins(self, row: Row) -> None:
+    def _pin_reasons(self, row: Row) -> Iterator[Raw]:
         for name, value in self.pins.items():
             if name in RELEVANT[self.role] and (self.group.cached or name == "graph"):
                 allowed = row.spec.accepts.get(name, FIELDS[name].default)
                 if allowed is not None and not admits(name, value, allowed, self.group.dtype):
-                    self._note("pin", row, name, value, allowed)
+                    yield self._raw("pin", row, name, value, allowed)
 
     def _shapes(self, row: Row, facts: dict[str, Any]) -> list[Candidate]:
-        """Kernel widths and head counts a padding row can reach, narrowest first."""
+        """Kernel widths and head counts a padding row (or a writer) can reach, narrowest first."""
         spec, accepts = row.spec, row.spec.accepts
         d, dv, heads = facts["head_dim"], facts["v_head_dim"], facts.get("num_heads")
         pads, kernel_heads = "head_dim" in spec.pads and self.group.kind == "mha", heads
         if "num_heads" in spec.pads and heads is not None:
-            kv = facts["num_kv_heads"]
-            allowed, ratio = accepts.get("num_heads", MultipleOf(1)), accepts.get("group_size", MultipleOf(1))
-            fits = [h for h in _at_least(heads, allowed) if h % kv == 0 and h // kv in ratio]
+            kv, ratio = facts["num_kv_heads"], accepts.get("group_size", ANY)
+            fits = [h for h in _at_least(heads, [accepts.get("num_heads", ANY)]) if h % kv == 0 and h // kv in ratio]
             if not fits:
-                self._note("value", row, "num_heads", heads, allowed)
                 return []
             kernel_heads = fits[0]
+        pool = [accepts[n] for n in ("head_dim", "head_dims") if n in accepts]
         widths = [
             w
-            for w in (self.widths or [d] if self.role == "kv_write" else _at_least(d, accepts) if pads else [d])
-            if w in accepts.get("head_dim", MultipleOf(1))
-            and (wv := w if dv == d else dv) in accepts.get("v_head_dim", MultipleOf(1))
-            and ("head_dims" not in accepts or (w, wv) in accepts["head_dims"])
+            for w in (self.widths or [d] if self.role == "kv_write" else _at_least(d, pool) if pads else [d])
+            if w in accepts.get("head_dim", ANY)
+            and (wv := w if dv == d else dv) in accepts.get("v_head_dim", ANY)
+            and (w, wv) in accepts.get("head_dims", ANY)
         ]
-        if not widths:
-            name = "head_dim" if "head_dim" in accepts else "head_dims"
-            self._note("value", row, name, facts[name], accepts[name])
-            return []
         if self.role == "kv_write":
-            return [Candidate(row, spec.tier, spec.rank, 0, tuple(widths), None)]
-        return [
-            Candidate(row, spec.tier, spec.rank, (kernel_heads or 1) * w - (heads or 1) * d, (w,), kernel_heads, d)
-            for w in widths
-        ]
+            return [Candidate(row, spec.tier, spec.rank, 0, tuple(widths), None)] if widths else []
+        zeros = [(kernel_heads or 1) * w - (heads or 1) * d for w in widths]
+        return [Candidate(row, spec.tier, spec.rank, z, (w,), kernel_heads, d) for w, z in zip(widths, zeros)]
 
-    def _note(self, code: RejectionCode, row: Row, field: str, got: Any, allowed: Any, hint: str = "") -> None:
-        self.reasons.append(Raw(code, row.spec, self.name, field, got, allowed, hint))
+    def _unreachable(self, row: Row, facts: dict[str, Any]) -> Raw:
+        """The first shape field that no padding brings into the row's domain."""
+        accepts = row.spec.accepts
+        names = ("num_heads",) if "num_heads" in row.spec.pads else ()
+        for name in (*names, *_WIDTHS):
+            if name in accepts and facts[name] not in accepts[name]:
+                return self._raw("value", row, name, facts[name], accepts[name])
+        return self._raw("value", row, "head_dims", facts["head_dims"], accepts.get("head_dims", ANY))
+
+    def _raw(self, code: RejectionCode, row: Row, field: str, got: Any, allowed: Any, hint: str = "") -> Raw:
+        return Raw(code, row.spec, self.name, field, got, allowed, hint)
 
 
 def admits(name: str, value: Any, allowed: Domain, own: str | None) -> bool:
@@ -286,12 +293,11 @@ def admits(name: str, value: Any, allowed: Domain, own: str | None) -> bool:
     return value in allowed
 
 
-def _at_least(size: int, where: Domain | Mapping[str, Domain]) -> list[int]:
-    """Candidate sizes from ``size`` up: itself, every listed size, and the next multiple of a step."""
-    domains = [where] if isinstance(where, Domain) else [where[n] for n in ("head_dim", "head_dims") if n in where]
+def _at_least(size: int, domains: Iterable[Domain]) -> list[int]:
+    """Sizes from ``size`` up that padding may reach: itself, every listed one, and the next multiple of a step."""
     sizes: set[Any] = {size}
     for d in domains:
         sizes |= {v[0] if isinstance(v, tuple) else v for v in d.values or ()}
         if d.step:
             sizes |= {-(-size // d.step) * d.step, d.min or d.step}
-    return sorted(w for w in sizes if w >= size and (not isinstance(where, Domain) or w in where))
+    return sorted(w for w in sizes if w >= size)

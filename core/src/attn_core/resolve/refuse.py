@@ -23,7 +23,7 @@ _CURABLE = frozenset({"package", "version", "pin", "denied"})
 
 def no_backend(problem: Problem) -> NoBackendError:
     """Why nothing fits: empty roles first, then conflicts inside a group, then conflicts between groups."""
-    lines, reasons = list(_unknown_pins(problem)), list(problem.reasons)
+    lines, reasons = list(_unknown_pins(problem)), problem.reasons()
     empty = [(s, r) for s in problem.spaces for r in s.roles if not s.candidates[r]]
     for space, role in empty:
         lines.append(f"no backend can {role} group {space.name} on {problem.device(role)}")
@@ -37,7 +37,7 @@ def no_backend(problem: Problem) -> NoBackendError:
             lines.append(f"no choice of backends is the same everywhere, as uniform={problem.options.uniform!r} asks")
         else:
             lines.append("each group has backends, but they cannot share the values the groups have in common")
-    rejections = Rejections(reasons)
+    rejections = Rejections(lambda: reasons)
     relaxations = tuple(_relaxations(problem))
     text = _text(problem, lines, rejections, relaxations)
     return NoBackendError("no_backend", text, rejections, relaxations)
@@ -104,7 +104,7 @@ def _poor(problem: Problem, decision: Decision) -> list[str]:
 def _curable(problem: Problem, group: str, role: str) -> set[str]:
     """Better rows of this role whose every reason the user can take away: ``name (reason)``."""
     against: dict[int, list[Raw]] = {}
-    for raw in problem.reasons:
+    for raw in problem.reasons():
         if raw.group == group and raw.row.role == role and raw.row.tier > Tier.REFERENCE:
             against.setdefault(id(raw.row), []).append(raw)
     return {

@@ -38,7 +38,6 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
     values = {n: v for n, v in shared.items() if v is not None}
     if len(layouts) == 1:
         values["kv_layout"] = layouts.pop()
-    reasons = problem.reasons + list(_near_misses(problem, chosen))
     return Decision(
         devices=problem.devices,
         model=problem.model,
@@ -47,7 +46,7 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
         roles=roles,
         values=values,
         because=because,
-        rejections=Rejections(reasons),  # type: ignore[arg-type]
+        rejections=Rejections(lambda: [*problem.reasons(), *_near_misses(problem, chosen)]),
         plugins=problem.catalog.reports,
         versions=_versions(problem),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -171,7 +171,7 @@ class Decision:
     values: Mapping[str, Any]
     """Shared values: ``page_size``, ``kv_cache_dtype``, ``kv_layout`` (when all groups agree), ``graph``."""
     because: Mapping[str, tuple[str, ...]]
-    rejections: tuple[Rejection, ...] = ()
+    rejections: Sequence[Rejection] = ()
     plugins: tuple[PluginReport, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package and toolkit versions the decision rests on."""
