@@ -61,7 +61,9 @@ def decode() -> Iterator[Result]:
         cell = f"decode B{batch_size} ctx{ctx}"
         gib = 2 * batch_size * ctx * HK * D * 2 / 1e9
         note = f"{gib / statistics.median(a):.1f} GB/s"
-        yield result(f"{cell}: per-sequence packed SDPA / ours", ratios(a, b), "x", limit=0.95, at_most=False, note=note)
+        yield result(
+            f"{cell}: per-sequence packed SDPA / ours", ratios(a, b), "x", limit=0.95, at_most=False, note=note
+        )
         naive = ratios(a, c)
         naive_ratios.append(statistics.median(naive))
         yield result(f"{cell}: gather + enable_gqa / ours", naive, "x", limit=5, at_most=False)
@@ -97,7 +99,9 @@ def prefill() -> Iterator[Result]:
         a, b = paired((ours, sdpa), rounds=7 if tokens < 4096 else 5)
         flops = 2 * batch_size * HQ * n * n * D
         note = f"{flops / statistics.median(a) / 1e9:.0f} GFLOP/s"
-        yield result(f"prefill {batch_size} x {n}: SDPA / ours", ratios(a, b), "x", limit=0.95, at_most=False, note=note)
+        yield result(
+            f"prefill {batch_size} x {n}: SDPA / ours", ratios(a, b), "x", limit=0.95, at_most=False, note=note
+        )
 
 
 ALL = (decode, prefill)

@@ -22,7 +22,12 @@ class Empty:
         accepts = {"dtype": ANY, "head_dim": ANY, "native_out": True, "appends": True, "graph": "none"}
         for role in ("prefill", "decode"):
             yield BackendSpec(
-                backend="empty", role=role, platform=device.platform, tier="BEST", accepts=accepts, bind="bench_overhead:bind"
+                backend="empty",
+                role=role,
+                platform=device.platform,
+                tier="BEST",
+                accepts=accepts,
+                bind="bench_overhead:bind",
             )
 
 

@@ -24,7 +24,9 @@ def imports() -> Iterator[Result]:
     for _ in range(9):
         for code, out in ((base, a), (ours, b)):
             child = f"import time; t = time.process_time(); {code}; print(time.process_time() - t)"
-            out.append(float(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout))
+            out.append(
+                float(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+            )
     yield result("import attn_core / import pluggy and importlib.metadata", ratios(a, b), "x CPU", limit=3.0)
     yield result("import attn_core", [t * 1e3 for t in b], "ms CPU")
     check = "import attn_core, sys; sys.exit('torch' in sys.modules)"
@@ -55,7 +57,9 @@ def rows(n: int, *, live: float, seed: int = 0) -> DeviceCatalog:
             )
         )  # fmt: skip
     writes = {"dtype": ANY, "head_dim": ANY, "kv_layout": ["NHD", "HND"], "kv_cache_dtype": ANY, "graph": ANY}
-    out.append(BackendSpec(backend="torch_native", role="kv_write", platform="cuda", tier=0, accepts=writes, plugin="core"))
+    out.append(
+        BackendSpec(backend="torch_native", role="kv_write", platform="cuda", tier=0, accepts=writes, plugin="core")
+    )
     out.append(BackendSpec(backend="unfused", role="allreduce_fusion", platform="cuda", tier=0, accepts={"graph": ANY}))
     return DeviceCatalog(tuple(out))
 
@@ -70,7 +74,9 @@ THREE = ModelSpec(groups={"a": group(), "b": group(sliding_window=128), "c": gro
 
 def case(n: int, model: ModelSpec, *, live: float) -> tuple[list[float], int]:
     catalog, options = Catalog({"cuda:sm_90": rows(n, live=live)}), EngineOptions()
-    alive = sum(len(c) for s in Problem(DEVICE, model, options, catalog, INSTALLED).spaces for c in s.candidates.values())
+    alive = sum(
+        len(c) for s in Problem(DEVICE, model, options, catalog, INSTALLED).spaces for c in s.candidates.values()
+    )
     return [t * 1e6 for t in cpu_time(lambda: resolve(DEVICE, model, options, catalog, INSTALLED))], alive
 
 

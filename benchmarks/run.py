@@ -48,7 +48,14 @@ def main(names: tuple[str, ...], gate: bool, json_path: str | None) -> None:
     for r in results:
         limit = "" if r.limit is None else f"{'<=' if r.at_most else '>='} {r.limit:g}"
         verdict = {None: "", True: "[green]ok[/]", False: "[red]missed[/]"}[r.ok]
-        table.add_row(r.name, f"{r.value:.3g} {r.unit}", f"[{r.low:.3g}, {r.high:.3g}]".replace("[", r"\["), limit, verdict, r.note)
+        table.add_row(
+            r.name,
+            f"{r.value:.3g} {r.unit}",
+            f"[{r.low:.3g}, {r.high:.3g}]".replace("[", r"\["),
+            limit,
+            verdict,
+            r.note,
+        )
     console.print(table)
     if json_path:
         Path(json_path).write_text(json.dumps([r.to_json() for r in results], indent=2) + "\n", encoding="utf-8")

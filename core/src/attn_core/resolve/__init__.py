@@ -22,7 +22,7 @@ from attn_core.catalog import Catalog, Installed
 from attn_core.errors import BadInputError
 from attn_core.resolve import refuse, settle
 from attn_core.resolve.combine import Combination, GroupSpace, Key, Universe, merge, shared_universe
-from attn_core.resolve.judge import Judge, Raw, Row
+from attn_core.resolve.judge import Facts, Judge, Raw, Row
 from attn_core.spec import ACCOMPANYING, Decision, Device, EngineOptions, ModelSpec
 from attn_core.spec.model import Group
 
@@ -64,6 +64,7 @@ class Problem:
         self.model, self.options, self.catalog, self.installed = model, options, catalog, installed
         self.groups: dict[str, Group] = {n: g.sharded(options.tensor_parallel) for n, g in model.groups.items()}
         self.devices = self._devices(devices)
+        self._facts: dict[tuple[str, str], Facts] = {}
         self.rejected: list[tuple[Judge, Row]] = []
         self._check_pins()
         used = [catalog.devices[k] for k in dict.fromkeys(str(d) for d in self.devices.values())]
@@ -106,7 +107,10 @@ class Problem:
     def _judge(self, name: str, group: Group, role: str, widths: tuple[int, ...] = ()) -> Judge:
         device = self.device(role)
         written_for = self.catalog.devices[str(device)].written_for
-        return Judge(name, group, role, device, self.options, self.installed, written_for, widths)
+        facts = self._facts.get((name, str(device)))
+        if facts is None:
+            facts = self._facts[name, str(device)] = Facts(group, device, self.options)
+        return Judge(name, facts, role, device, self.options, self.installed, written_for, widths)
 
     def _rows(self, judge: Judge) -> Sequence[Row]:
         return self.catalog.devices[str(judge.device)].rows.get(judge.role, ())

@@ -197,7 +197,7 @@ class GroupSpace:
 
     def _rule(self, c: Constraint, device: str) -> Rule | None:
         judge = next(j for j in self.judges.values() if str(j.device) == device)
-        facts = {**judge.common, **(self.group.facts() if self.group else {})}
+        facts = judge.facts.of(None) if self.group else judge.facts.common
         conditions: list[dict[int, Domain]] = []
         masks: list[int] = []
         for side in (c.when, c.then):

@@ -19,6 +19,7 @@ _FEATURES = {
     if f.is_feature and f.scope != "claim" and f.default is not None
 }
 """Feature -> the plain values a backend that says nothing accepts."""
+_FEATURES_OF = {role: tuple((n, p) for n, p in _FEATURES.items() if n in names) for role, names in RELEVANT.items()}
 _SETTLED = frozenset(n for n, f in FIELDS.items() if f.settled)
 _CLAIM = frozenset(n for n, f in FIELDS.items() if f.scope == "claim")
 _ALWAYS_INT = frozenset(
@@ -43,8 +44,8 @@ class Row:
         self.required = tuple((r, r.name) for r in spec.requires if not isinstance(r, str))
         padded = set(_WIDTHS) if "head_dim" in spec.pads or spec.role == "kv_write" else set()
         padded |= {"num_heads", "group_size"} if "num_heads" in spec.pads else set()
-        skip = _SETTLED | _CLAIM | padded
-        self.checks = tuple((n, _fast(n, d)) for n, d in spec.accepts.items() if n not in skip and not d.is_any)
+        judged = RELEVANT[spec.role] - _SETTLED - _CLAIM - padded
+        self.checks = tuple((n, _fast(n, d)) for n, d in spec.accepts.items() if n in judged and not d.is_any)
         self.settled = tuple(
             (n, d)
             for n in (*SHARED, "kv_layout", "mla_query")
@@ -145,13 +146,34 @@ class Candidate(NamedTuple):
         return self.row.spec
 
 
+class Facts:
+    """What one group on one device is judged on, engine and device included: made once, shared by its roles."""
+
+    def __init__(self, group: Group, device: Device, options: EngineOptions) -> None:
+        self.group = group
+        self.common = {
+            **options.facts(),
+            "device.arch": device.arch,
+            "device.total_memory": device.total_memory,
+            "device.shared_memory_per_block": device.shared_memory_per_block,
+        }
+        self._of: dict[str | None, dict[str, Any]] = {}
+
+    def of(self, form: str | None) -> dict[str, Any]:
+        """The facts as a kernel of this form sees them."""
+        found = self._of.get(form)
+        if found is None:
+            found = self._of[form] = {**self.common, **self.group.facts(form)}
+        return found
+
+
 class Judge:
     """Judges rows of one role on one device for one group."""
 
     def __init__(
         self,
         name: str,
-        group: Group,
+        facts: Facts,
         role: str,
         device: Device,
         options: EngineOptions,
@@ -159,42 +181,30 @@ class Judge:
         written_for: Mapping[str, str],
         widths: tuple[int, ...] = (),
     ) -> None:
-        self.name, self.group, self.role, self.device = name, group, role, device
+        self.name, self.facts, self.group, self.role, self.device = name, facts, facts.group, role, device
         self.widths = widths
         """``kv_write`` only: the kernel widths that the group's attention roles may settle on."""
         self.installed, self.written_for = installed, written_for
         self.deny = frozenset(options.deny)
         self.pinned = options.pinned_backend(name, role)
         self.pins = {n: v for n in (*SHARED, "kv_layout") if (v := getattr(options, n)) is not None}
-        self.facts: dict[str | None, tuple[dict[str, Any], tuple[str, ...]]] = {}
-        self.options = options
+        self._demands: dict[str | None, tuple[str, ...]] = {}
 
-    @property
-    def common(self) -> dict[str, Any]:
-        """Facts of the engine and the device."""
-        d = self.device
-        return {
-            **self.options.facts(),
-            "device.arch": d.arch,
-            "device.total_memory": d.total_memory,
-            "device.shared_memory_per_block": d.shared_memory_per_block,
-        }
-
-    def _facts(self, form: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """What a row of this form is judged on, and the features it must claim."""
-        if form not in self.facts:
-            relevant = RELEVANT[self.role]
-            facts = {k: v for k, v in {**self.common, **self.group.facts(form)}.items() if k in relevant}
-            demands = tuple(n for n, default in _FEATURES.items() if n in facts and facts[n] not in default)
-            self.facts[form] = facts, demands
-        return self.facts[form]
+    def demands(self, form: str | None) -> tuple[str, ...]:
+        """Features a row must claim: those whose value here is not the plain one."""
+        found = self._demands.get(form)
+        if found is None:
+            facts = self.facts.of(form)
+            asked = (n for n, plain in _FEATURES_OF[self.role] if n in facts and facts[n] not in plain)
+            found = self._demands[form] = tuple(asked)
+        return found
 
     def candidates(self, rows: Iterable[Row], rejected: list[tuple[Judge, Row]]) -> list[Candidate]:
         """The rows that survive, in every kernel width they could run at; the others are put on ``rejected``."""
         out: list[Candidate] = []
         for row in rows:
             spec = row.spec
-            facts, demands = self.facts.get(spec.form) or self._facts(spec.form)
+            facts, demands = self.facts.of(spec.form), self.demands(spec.form)
             if next(self._reasons(row, facts, demands), None) is not None:
                 rejected.append((self, row))
             elif row.shaped:
@@ -205,7 +215,7 @@ class Judge:
 
     def reasons(self, row: Row) -> Iterator[Raw]:
         """Every reason against a row."""
-        return self._reasons(row, *self._facts(row.spec.form))
+        return self._reasons(row, self.facts.of(row.spec.form), self.demands(row.spec.form))
 
     def _reasons(self, row: Row, facts: dict[str, Any], demands: tuple[str, ...]) -> Iterator[Raw]:
         """One by one, so that judging stops at the first and explaining goes on to the last."""
@@ -236,7 +246,9 @@ class Judge:
             hint = requirement.install or f"install {requirement.spec}"
             if found is None:
                 impostor = self.installed.impostors.get(package)
-                yield self._raw("package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint)
+                yield self._raw(
+                    "package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint
+                )
             elif found and not requirement.admits(found):
                 yield self._raw("version", row, package, found, requirement.range, hint)
         if spec.backend in self.installed.unusable:
@@ -255,8 +267,8 @@ class Judge:
         d, dv, heads = facts["head_dim"], facts["v_head_dim"], facts.get("num_heads")
         pads, kernel_heads = "head_dim" in spec.pads and self.group.kind == "mha", heads
         if "num_heads" in spec.pads and heads is not None:
-            kv, ratio = facts["num_kv_heads"], accepts.get("group_size", ANY)
-            fits = [h for h in _at_least(heads, [accepts.get("num_heads", ANY)]) if h % kv == 0 and h // kv in ratio]
+            kv, ratio, counts = facts["num_kv_heads"], accepts.get("group_size", ANY), accepts.get("num_heads", ANY)
+            fits = [h for h in _at_least(heads, [counts]) if h in counts and h % kv == 0 and h // kv in ratio]
             if not fits:
                 return []
             kernel_heads = fits[0]
