@@ -35,8 +35,11 @@ class DeviceCatalog:
         from attn_core.resolve.judge import Row
 
         out: dict[str, list[Row]] = {}
+        seen: dict[tuple[str, str, str], int] = {}
         for i, b in enumerate(self.backends):
-            out.setdefault(b.role, []).append(Row(b, i))
+            who = (b.plugin, b.backend, b.role)
+            seen[who] = number = seen.get(who, -1) + 1
+            out.setdefault(b.role, []).append(Row(b, i, number))
         return {role: tuple(rows) for role, rows in out.items()}
 
     @cached_property
@@ -46,18 +49,20 @@ class DeviceCatalog:
         return {n: frozenset(mentioned(s[n] for s in sides if n in s)) for n in SHARED}
 
     @cached_property
-    def packages(self) -> Mapping[str, Requirement]:
-        """Every package or toolkit some row requires, by name."""
-        return {r.name: r for b in self.backends for r in b.requires if isinstance(r, Requirement)}
+    def requirements(self) -> tuple[tuple[str, Requirement], ...]:
+        """Every (plugin, requirement) of some row, each once, in content order."""
+        return tuple(
+            dict.fromkeys((b.plugin, r) for b in self.backends for r in b.requires if isinstance(r, Requirement))
+        )
 
     @cached_property
-    def written_for(self) -> Mapping[str, str]:
-        """Package -> the newest version a row was written for: what a what-if assumes."""
-        out: dict[str, str] = {}
-        for b in self.backends:
-            for r in b.requires:
-                if isinstance(r, Requirement) and r.written_for:
-                    out[r.name] = max(out.get(r.name, r.written_for), r.written_for, key=Version)
+    def written_for(self) -> Mapping[str, Mapping[str, str]]:
+        """Plugin -> package -> the newest version one of its rows was written for: what a what-if assumes for it."""
+        out: dict[str, dict[str, str]] = {}
+        for plugin, r in self.requirements:
+            if r.written_for:
+                mine = out.setdefault(plugin, {})
+                mine[r.name] = max(mine.get(r.name, r.written_for), r.written_for, key=Version)
         return out
 
 

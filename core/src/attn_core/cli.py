@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 from rich.console import Console
@@ -20,7 +21,7 @@ from attn_core.catalog import Catalog, Installed
 from attn_core.compare import differences, replay
 from attn_core.errors import AttnCoreError, BadInputError, NoBackendError
 from attn_core.platform import Platform, get_platform, installed_plugins, simulate
-from attn_core.plugins import discover, installed_packages
+from attn_core.plugins import Plugins, discover, installed_packages, load_plugins
 from attn_core.spec import Decision, ModelSpec, Requirement
 from attn_core.spec.decision import SCHEMA
 from attn_core.spec.fields import FIELDS
@@ -30,12 +31,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 _WIDE = 110
 
 
+def _answer() -> TextIO:
+    """The real standard output; ``main`` turns ``sys.stdout`` away from it, because plugins print."""
+    return sys.__stdout__ or sys.stdout
+
+
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    return Console(file=_answer(), width=None if _answer().isatty() else _WIDE, highlight=False)
+
+
+def _print(text: str) -> None:
+    click.echo(text, file=_answer())
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False))
+    _print(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False))
 
 
 def _engine_options(command: F) -> F:
@@ -146,13 +156,13 @@ def resolve(as_json: bool, **question: Any) -> None:
         _print_json(decision.to_json())
         return
     table = Table(title=f"{decision.model.architecture or 'model'} on {decision.device}", title_justify="left")
-    for column in ("group", "role", "backend", "plugin", "tier", "why"):
+    for column in ("group", "role", "backend", "plugin", "tier", "also eligible"):
         table.add_column(column, overflow="fold")
     for name, g in decision.groups.items():
         for role, c in g.choices.items():
             padded = f"padded {c.padded_from} -> {c.head_dim}; " if c.padded_from else ""
-            why = padded + "; ".join(decision.because.get(f"{name}.{role}", ()))
-            table.add_row(name, role, c.backend, c.plugin, c.tier.name, why)
+            others = ", ".join(decision.eligible.get(f"{name}.{role}", ()))
+            table.add_row(name, role, c.backend, c.plugin, c.tier.name, padded + others)
     for role, c in decision.roles.items():
         table.add_row("", role, c.backend, c.plugin, c.tier.name, "")
     console = _console()
@@ -170,7 +180,7 @@ def explain(as_json: bool, verbose: bool, **question: Any) -> None:
     if as_json:
         _print_json(decision.to_json())
     else:
-        click.echo(decision.explain(verbose=verbose))
+        _print(decision.explain(verbose=verbose))
 
 
 @cli.command()
@@ -188,8 +198,7 @@ def plugins(no_import: bool, as_json: bool) -> None:
             for n, d, v in found
         ]
     else:
-        loaded = installed_plugins()
-        loaded.probe()
+        loaded = _plugins_as_they_are()
         rows = [r.to_json() for r in loaded.reports]
     if as_json:
         _print_json({"schema": SCHEMA, "plugins": rows})
@@ -212,7 +221,7 @@ def _plugin_table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--json", "as_json", is_flag=True)
 def doctor(as_json: bool) -> None:
     """Devices, plugins and packages of this machine; what is broken and what to do."""
-    loaded = installed_plugins()
+    loaded = _plugins_as_they_are()
     devices = loaded.probe()
     catalog = loaded.catalog(devices)
     present = installed_packages(catalog, devices)
@@ -246,6 +255,13 @@ def doctor(as_json: bool) -> None:
         console.print(table)
     broken = [r for r in loaded.reports if r.status in ("failed", "incompatible")]
     console.print(f"[red]{len(broken)} plugin(s) do not work[/]" if broken else "[green]no plugin is broken[/]")
+
+
+def _plugins_as_they_are() -> Plugins:
+    """All plugins, probed; what fails is reported here, not raised, strict or not."""
+    loaded = load_plugins(strict=False)
+    loaded.probe()
+    return loaded
 
 
 def _package_rows(catalog: Catalog, present: Installed) -> list[dict[str, Any]]:
@@ -298,7 +314,7 @@ def _report_differences(lines: list[str], as_json: bool) -> None:
     if as_json:
         _print_json({"schema": SCHEMA, "same": not lines, "differences": lines})
     else:
-        click.echo("\n".join(lines) if lines else "same decision")
+        _print("\n".join(lines) if lines else "same decision")
     if lines:
         raise SystemExit(1)
 
@@ -320,7 +336,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: errors become one line on stderr and an exit status."""
     args = sys.argv[1:] if args is None else args
     try:
-        cli.main(args=args, prog_name="attn-core", standalone_mode=False)
+        with redirect_stdout(sys.stderr):  # whatever a plugin prints must not end up in the answer
+            cli.main(args=args, prog_name="attn-core", standalone_mode=False)
     except NoBackendError as e:
         _refused(e, "--json" in args)
         raise SystemExit(3) from None

@@ -10,7 +10,7 @@ from attn_core.plugins import Plugins
 from attn_core.resolve import resolve
 from attn_core.spec import Decision
 
-_UNCOMPARED = frozenset({"digest", "rejections", "plugins", "because"})
+_UNCOMPARED = frozenset({"digest", "rejections", "plugins", "because", "eligible"})
 
 
 def differences(a: Decision, b: Decision) -> list[str]:

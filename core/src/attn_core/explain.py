@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from attn_core.spec import ACCOMPANYING, Tier
+from attn_core.spec import Tier
 
 if TYPE_CHECKING:
     from attn_core.spec import Choice, Decision, Rejection
@@ -14,7 +14,10 @@ _MOST_LINES = 40
 
 
 def explain(decision: Decision, *, verbose: bool = False) -> str:
-    """What was chosen, why, what was refused and how the plugins fared."""
+    """What was chosen, why, what was refused and how the plugins fared.
+
+    A backend with another row that serves is not listed as refused, unless ``verbose``: it is there.
+    """
     model = decision.model
     on = " + ".join(dict.fromkeys(_device(d) for d in decision.devices.values()))
     out = [f"{model.architecture or 'model'} on {on}   [{decision.digest}]"]
@@ -22,10 +25,9 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for name, g in decision.groups.items():
         out.append(f"  group {name}: {_group(model.groups[name].to_json())}")
         for role, c in g.choices.items():
-            why = decision.because.get(f"{name}.{role}", ())
-            out.append(f"    {role:<14} {_choice(c)}")
-            if why and (verbose or role not in ACCOMPANYING):
-                out.append(f"    {'':<14}   {'; '.join(why)}")
+            others = decision.eligible.get(f"{name}.{role}", ())
+            could = f"; also eligible: {_names(others)}" if others else ""
+            out.append(f"    {role:<14} {_choice(c)}{could}")
         values = ", ".join(f"{k} {_number(v)}" for k, v in g.values.items())
         out.append(f"    {'values':<14} {values}")
         out += [f"    {'':<14}   {w}" for w in decision.because.get(f"{name}.head_dim", ())]
@@ -34,10 +36,13 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for name, value in decision.values.items():
         reasons = "; ".join(decision.because.get(name, ()))
         out.append(f"  {name}: {value}" + (f"  ({reasons})" if reasons else ""))
-    chosen = {(c.backend, n, r) for n, g in decision.groups.items() for r, c in g.choices.items()}
-    chosen |= {(c.backend, "", r) for r, c in decision.roles.items()}
-    others = [r for r in decision.rejections if verbose or (r.backend, r.group, r.role) not in chosen]
-    refused = grouped(others, most=None if verbose else _MOST_LINES)
+    served = {(c.backend, n, r) for n, g in decision.groups.items() for r, c in g.choices.items()}
+    served |= {(c.backend, "", r) for r, c in decision.roles.items()}
+    for place, names in decision.eligible.items():
+        group, role = place.rsplit(".", 1)
+        served |= {(b, group, role) for b in names}
+    refusals = [r for r in decision.rejections if verbose or (r.backend, r.group, r.role) not in served]
+    refused = grouped(refusals, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]
     for p in decision.plugins:
@@ -49,11 +54,11 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
 def grouped(rejections: Iterable[Rejection], most: int | None = _MOST_LINES) -> list[str]:
     """Reasons by backend: equal reasons of several roles and groups on one line, a hint once.
 
-    A backend that a pin or the deny list excluded needs no further reasons.
+    Of a backend's several rows, those made for another kind of attention say nothing about this one and are left out.
     """
     by_backend: dict[tuple[str, str], dict[str, list[str]]] = {}
     hints: dict[tuple[str, str], list[str]] = {}
-    for r in rejections:
+    for r in _relevant(rejections):
         key = (r.backend, r.plugin)
         by_backend.setdefault(key, {}).setdefault(r.text, []).append(f"{r.group} {r.role}".strip())
         if r.hint:
@@ -67,6 +72,25 @@ def grouped(rejections: Iterable[Rejection], most: int | None = _MOST_LINES) -> 
         left = len(lines) - most
         lines = [*lines[:most], f"  ... {left} more lines; see explain(verbose=True) or --json"]
     return lines
+
+
+def _relevant(rejections: Iterable[Rejection]) -> Iterator[Rejection]:
+    """Without the rows made for something else; only that reason where all of a backend's rows are."""
+    places: dict[tuple[str, str, str, str], dict[int, list[Rejection]]] = {}
+    for r in rejections:
+        places.setdefault((r.backend, r.plugin, r.group, r.role), {}).setdefault(r.row, []).append(r)
+    for rows in places.values():
+        fitting = [reasons for reasons in rows.values() if not any(map(_for_something_else, reasons))]
+        for reasons in fitting or [[r for r in reasons if _for_something_else(r)] for reasons in rows.values()]:
+            yield from reasons
+
+
+def _for_something_else(r: Rejection) -> bool:
+    return r.field in ("kind", "attn_type") or (r.field == "sparse" and r.got == "none")
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:4])} and {len(names) - 4} more"
 
 
 def _where(places: list[str]) -> str:

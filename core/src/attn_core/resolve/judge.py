@@ -31,10 +31,24 @@ _WIDTHS = ("head_dim", "v_head_dim", "head_dims")
 class Row:
     """A BackendSpec prepared for judging: only the checks that can fail, in plain containers. Made once per catalog."""
 
-    __slots__ = ("checks", "index", "layouts", "memo", "needs", "required", "settled", "shaped", "spec", "stated")
+    __slots__ = (
+        "checks",
+        "index",
+        "layouts",
+        "memo",
+        "needs",
+        "number",
+        "required",
+        "settled",
+        "shaped",
+        "spec",
+        "stated",
+    )
 
-    def __init__(self, spec: BackendSpec, index: int) -> None:
+    def __init__(self, spec: BackendSpec, index: int, number: int) -> None:
         self.spec = spec
+        self.number = number
+        """Place among the backend's rows for its role."""
         self.index = index
         """Place in the catalog's content order: the last tie-break."""
         self.stated = frozenset(spec.accepts)
@@ -74,7 +88,7 @@ class Raw(NamedTuple):
     """A reason not yet put into words; most are never read."""
 
     code: RejectionCode
-    row: BackendSpec
+    row: Row
     group: str
     field: str
     got: Any
@@ -82,12 +96,12 @@ class Raw(NamedTuple):
     hint: str = ""
 
     def rejection(self) -> Rejection:
-        allowed = self.allowed
+        allowed, spec = self.allowed, self.row.spec
         if isinstance(allowed, Domain):
             allowed = allowed.values if allowed.values is not None else str(allowed)
         return Rejection(
-            code=self.code, backend=self.row.backend, role=self.row.role, group=self.group, field=self.field,
-            got=self.got, allowed=allowed, plugin=self.row.plugin, hint=self.hint,
+            code=self.code, backend=spec.backend, role=spec.role, group=self.group, field=self.field,
+            got=self.got, allowed=allowed, plugin=spec.plugin, hint=self.hint, row=self.row.number,
         )  # fmt: skip
 
 
@@ -124,7 +138,7 @@ class Rejections(Sequence[Rejection]):
 
 
 def _order(r: Rejection) -> tuple[str, ...]:
-    return (r.group, r.role, r.backend, r.plugin, r.code, r.field, repr(r.got), repr(r.allowed))
+    return (r.group, r.role, r.backend, r.plugin, f"{r.row:04}", r.code, r.field, repr(r.got), repr(r.allowed))
 
 
 class Candidate(NamedTuple):
@@ -178,7 +192,7 @@ class Judge:
         device: Device,
         options: EngineOptions,
         installed: Installed,
-        written_for: Mapping[str, str],
+        written_for: Mapping[str, Mapping[str, str]],
         widths: tuple[int, ...] = (),
     ) -> None:
         self.name, self.facts, self.group, self.role, self.device = name, facts, facts.group, role, device
@@ -242,7 +256,7 @@ class Judge:
         if self.pins:
             yield from self._pin_reasons(row)
         for requirement, package in row.required:
-            found = self.installed.version(requirement, self.written_for)
+            found = self.installed.version(requirement, self.written_for.get(spec.plugin, {}))
             hint = requirement.install or f"install {requirement.spec}"
             if found is None:
                 impostor = self.installed.impostors.get(package)
@@ -295,7 +309,7 @@ class Judge:
         return self._raw("value", row, "head_dims", facts["head_dims"], accepts.get("head_dims", ANY))
 
     def _raw(self, code: RejectionCode, row: Row, field: str, got: Any, allowed: Any, hint: str = "") -> Raw:
-        return Raw(code, row.spec, self.name, field, got, allowed, hint)
+        return Raw(code, row, self.name, field, got, allowed, hint)
 
 
 def admits(name: str, value: Any, allowed: Domain, own: str | None) -> bool:

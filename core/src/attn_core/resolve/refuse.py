@@ -64,7 +64,7 @@ def _conflicts(problem: Problem, space: GroupSpace, *, alone: bool) -> Iterator[
         for c in space.candidates[role]:
             conflict = conflict_text(problem, space, role, c, within=alone)
             if conflict is not None:
-                yield Raw("conflict", c.spec, space.name, *conflict)
+                yield Raw("conflict", c.row, space.name, *conflict)
 
 
 def check_reference(problem: Problem, decision: Decision) -> None:
@@ -105,10 +105,10 @@ def _curable(problem: Problem, group: str, role: str) -> set[str]:
     """Better rows of this role whose every reason the user can take away: ``name (reason)``."""
     against: dict[int, list[Raw]] = {}
     for raw in problem.reasons():
-        if raw.group == group and raw.row.role == role and raw.row.tier > Tier.REFERENCE:
+        if raw.group == group and raw.row.spec.role == role and raw.row.spec.tier > Tier.REFERENCE:
             against.setdefault(id(raw.row), []).append(raw)
     return {
-        f"{raws[0].row.backend} ({', '.join(dict.fromkeys(r.rejection().text for r in raws))})"
+        f"{raws[0].row.spec.backend} ({', '.join(dict.fromkeys(r.rejection().text for r in raws))})"
         for raws in against.values()
         if all(r.code in _CURABLE for r in raws)
     }

@@ -15,14 +15,13 @@ from attn_core.spec.model import AttentionSpec
 if TYPE_CHECKING:
     from attn_core.resolve import Problem
 
-_TIERS = {int(t): t.name for t in Tier}
-_MOST_NAMED = 4
 _SPEAKING = ("decode", "prefill", "encode")
 
 
 def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: int) -> Decision:
     because: dict[str, tuple[str, ...]] = {}
     shared, bit = _settle_shared(problem, chosen, mask, because)
+    eligible: dict[str, tuple[str, ...]] = {}
     groups: dict[str, GroupDecision] = {}
     roles: dict[str, Choice] = {}
     for space, combination in zip(problem.spaces, chosen):
@@ -33,7 +32,7 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
         width = values.get("head_dim")
         choices = {r: _choice(c, width) for r, c in zip(space.roles, combination.picks)}
         groups[space.name] = GroupDecision(choices=choices, values=values)
-        _why_backends(space, combination, because)
+        eligible.update(_others(space, combination))
     layouts = {g.values["kv_layout"] for g in groups.values() if "kv_layout" in g.values}
     values = {n: v for n, v in shared.items() if v is not None}
     if len(layouts) == 1:
@@ -46,6 +45,7 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
         roles=roles,
         values=values,
         because=because,
+        eligible=eligible,
         rejections=Rejections(lambda: [*problem.reasons(), *_near_misses(problem, chosen)]),
         plugins=problem.catalog.reports,
         versions=_versions(problem),
@@ -169,18 +169,12 @@ def _plain_first(name: str, allowed: tuple[Any, ...]) -> Any:
     return plain if plain in allowed else allowed[0]
 
 
-def _why_backends(space: GroupSpace, combination: Combination, because: dict[str, tuple[str, ...]]) -> None:
+def _others(space: GroupSpace, combination: Combination) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """``group.role`` -> the other backends that could have served, best first."""
     for role, c in zip(space.roles, combination.picks):
-        why = [f"{c.spec.backend} is {_TIERS[c.tier]}" + (f", rank {c.rank}" if c.rank else "")]
-        others: dict[str, str] = {}
-        for o in space.candidates[role]:
-            if o.spec.backend != c.spec.backend:
-                others.setdefault(o.spec.backend, _TIERS[o.tier])
-                if len(others) == _MOST_NAMED:
-                    break
-        if others:
-            why.append(f"also eligible: {', '.join(f'{name} ({tier})' for name, tier in others.items())}")
-        because[f"{space.name}.{role}"] = tuple(why)
+        names = dict.fromkeys(o.spec.backend for o in space.candidates[role])
+        names.pop(c.spec.backend, None)
+        yield f"{space.name}.{role}", tuple(names)
 
 
 def _near_misses(problem: Problem, chosen: Sequence[Combination]) -> Iterator[Raw]:
@@ -196,7 +190,7 @@ def _near_misses(problem: Problem, chosen: Sequence[Combination]) -> Iterator[Ra
                 for r, pick in zip(space.roles, combination.picks):
                     others &= space.full if r == role else space.masks[r][id(pick)]
                 for o in better:
-                    yield Raw("conflict", o.spec, space.name, *_disagreement(space, space.masks[role][id(o)], others))
+                    yield Raw("conflict", o.row, space.name, *_disagreement(space, space.masks[role][id(o)], others))
 
 
 def conflict_text(
@@ -246,8 +240,8 @@ def _versions(problem: Problem) -> dict[str, str]:
     for device in problem.devices.values():
         out.update(device.versions)
         catalog = problem.catalog.devices[str(device)]
-        for name, requirement in catalog.packages.items():
-            found = problem.installed.version(requirement, catalog.written_for)
+        for plugin, requirement in catalog.requirements:
+            found = problem.installed.version(requirement, catalog.written_for.get(plugin, {}))
             if found is not None:
-                out[name] = found
+                out.setdefault(requirement.name, found)
     return out

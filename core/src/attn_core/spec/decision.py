@@ -43,6 +43,8 @@ class Rejection:
     allowed: Any
     plugin: str
     hint: str = ""
+    row: int = 0
+    """Which of the backend's rows for that role, in content order; a backend may make several promises."""
 
     @property
     def text(self) -> str:
@@ -58,7 +60,7 @@ class Rejection:
         return {
             "code": self.code, "backend": self.backend, "role": self.role, "group": self.group, "field": self.field,
             "got": _jsonable(self.got), "allowed": _jsonable(self.allowed), "plugin": self.plugin, "hint": self.hint,
-            "text": self.text,
+            "row": self.row, "text": self.text,
         }  # fmt: skip
 
     @classmethod
@@ -171,6 +173,9 @@ class Decision:
     values: Mapping[str, Any]
     """Shared values: ``page_size``, ``kv_cache_dtype``, ``kv_layout`` (when all groups agree), ``graph``."""
     because: Mapping[str, tuple[str, ...]]
+    """Value name, or ``group.value`` for a group's own -> reasons."""
+    eligible: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """``group.role`` -> the other backends that could have served, best first."""
     rejections: Sequence[Rejection] = ()
     plugins: tuple[PluginReport, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -217,6 +222,7 @@ class Decision:
             **self._body(),
             "digest": self.digest,
             "because": {k: list(v) for k, v in self.because.items()},
+            "eligible": {k: list(v) for k, v in self.eligible.items()},
             "rejections": [r.to_json() for r in self.rejections],
             "plugins": [p.to_json() for p in self.plugins],
             "versions": dict(sorted(self.versions.items())),
@@ -250,6 +256,7 @@ class Decision:
                 roles={r: Choice.from_json(c) for r, c in d["roles"].items()},
                 values=d["values"],
                 because={k: tuple(v) for k, v in d["because"].items()},
+                eligible={k: tuple(v) for k, v in d["eligible"].items()},
                 rejections=tuple(Rejection.from_json(r) for r in d["rejections"]),
                 plugins=tuple(PluginReport(**p) for p in d["plugins"]),
                 versions=d["versions"],

@@ -1,0 +1,1 @@
+from attn_core.backends.flex_attention.rows import backends

@@ -1,0 +1,75 @@
+"""Everything the dense kernels know when they are bound: sizes, dtypes, rules, and how heads are laid out.
+
+Query heads are laid out as ``(A kv heads, B lanes, queries x R, width)`` with ``B * R`` heads per kv head. Lanes share
+k and v through a stride-0 axis; the R heads of a lane are packed into the queries. Decode packs as many as it can, so
+that one pass over k and v serves them all; prefill packs none: it has rows enough, and needs no copy of q.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_core.backends.torch_native.scores import HAS_FUSED
+from attn_core.backends.torch_native.sources import Shape
+from attn_core.backends.torch_native.tiles import Rules
+from attn_core.runtime.binding import Binding
+
+
+class Setup:
+    """One role of one group, taken apart. Read-only after construction."""
+
+    def __init__(self, b: Binding, *, paged: bool, ragged: bool, packed: bool) -> None:
+        self.b, self.paged, self.ragged, self.packed = b, paged, ragged, packed
+        """``ragged``: k and v may come as given, where ``paged`` is set for sequences without cached prefix only."""
+        self.absorbed = b.form == "absorbed"
+        self.new_only = b.form == "materialised" and b.spec.causal
+        """Keys are the new tokens alone; the core adds cached context chunk by chunk."""
+        self.heads_kv, self.heads, self.device = b.num_kv_heads, b.num_heads, b.torch_device
+        group = self.heads // self.heads_kv
+        self.lanes = _lanes(self.heads_kv, group) if packed else group
+        self.packed_heads = group // self.lanes
+        self.fused = HAS_FUSED and self.device.type == "cpu" and b.spec.logit_softcap is None
+        """By torch's flash kernel; else scores are written out."""
+        self.quantised = paged and b.kv_dtype is not None and b.kv_dtype.itemsize == 1
+        converts = paged and b.kv_dtype != b.dtype
+        self.dtype = torch.float32 if converts or not self.fused else b.dtype
+        """What the kernel computes in."""
+        self.rules = Rules(causal=b.spec.causal, window=b.sliding_window, chunk=b.spec.attention_chunk)
+        self.slopes = None if b.alibi_slopes is None else torch.tensor(b.alibi_slopes, device=self.device)
+        self.planes = self.heads if b.spec.bias or self.slopes is not None or not self.fused else 1
+        """Score-sized matrices a tile needs."""
+        self.unbounded = self.planes == 1 and self.fused
+        self.triangles = self.unbounded and self.packed_heads == 1
+        self.q_width = max(b.head_dim, b.v_head_dim) if self.fused else b.head_dim
+        """The flash kernel knows one width: the narrower of k and v is filled up with zeros."""
+        self.shape = self._shape()
+
+    def _shape(self) -> Shape:
+        b, wide = self.b, self.q_width
+        if not self.absorbed:
+            own = (b.head_dim, b.v_head_dim)
+            kernel = (wide, wide) if self.fused else own
+            return Shape(
+                heads=self.heads_kv, widths=own, joined=False, kernel_widths=kernel, v_width=kernel[1],
+                lanes=self.lanes, dtype=self.dtype,
+            )  # fmt: skip
+        split = b.kv_layout == "MLA_SPLIT"
+        return Shape(
+            heads=1,
+            widths=(b.v_head_dim, b.head_dim - b.v_head_dim) if split else (b.head_dim,),
+            joined=True,
+            kernel_widths=(b.head_dim,),
+            v_width=b.head_dim if self.fused else b.v_head_dim,  # the flash kernel's surplus is cut off the output
+            lanes=self.lanes,
+            dtype=self.dtype,
+        )
+
+
+def _lanes(heads_kv: int, group: int) -> int:
+    """Lanes for packed heads: one, or as many as it takes to give every thread work, with at least 4 heads in each."""
+    threads = torch.get_num_threads()
+    lanes = 1
+    for d in range(2, group // 4 + 1):
+        if group % d == 0 and heads_kv * lanes < threads:
+            lanes = d
+    return lanes

@@ -1,0 +1,219 @@
+"""Where a sequence's keys and values come from: pages of the cache, or the new tokens of the step as they are.
+
+Both end as views ``(heads, lanes, keys, width)`` in the dtype the kernel computes in. Pages are gathered into buffers
+that the plan keeps: fresh temporaries of this size cost more in page faults than the attention itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_core.runtime.cache import KVCache
+
+_gather = torch.ops.aten.index_select.out
+"""As an operator: the Python function parses its arguments for longer than a short gather takes."""
+
+BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
+"""Dtypes that indexing does not know on every device; they move as bytes."""
+
+
+KV = tuple[Tensor, Tensor]
+"""k and v as the kernel takes them, ``(heads, lanes, keys, width)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the kernel reads."""
+
+    heads: int
+    """Key/value heads."""
+    widths: tuple[int, ...]
+    """Width of each tensor: k and v, the latent row, or latent and rope."""
+    joined: bool
+    """The tensors are parts of one row (absorbed MLA, where v is the head of k), not k and v."""
+    kernel_widths: tuple[int, ...]
+    """Width of each tensor the kernel reads, k and v or the one row: narrower sources end in zeros."""
+    v_width: int
+    """Columns of v that the kernel reads."""
+    lanes: int
+    """How often k and v are repeated, by a stride-0 axis, for the query heads that share them."""
+    dtype: torch.dtype
+    """What the kernel computes in."""
+
+    @property
+    def wider(self) -> bool:
+        """Whether rows must grow (or be joined) on their way."""
+        return self.widths != self.kernel_widths
+
+    def offsets(self) -> tuple[int, ...]:
+        """Column at which each tensor starts in its output row."""
+        return (0, *self.widths[:-1]) if self.joined else (0,) * len(self.widths)
+
+    def arranged(self, keys: tuple[Tensor, ...]) -> KV:
+        """``(heads, keys, width)`` tensors, as made or gathered, as what the kernel takes. A joined row is k whole, and
+        v in its first ``v_width`` columns."""
+        lanes = (-1, self.lanes, -1, -1)
+        k, v = keys[0], keys[-1][..., : self.v_width]
+        return k.unsqueeze(1).expand(lanes), v.unsqueeze(1).expand(lanes)
+
+
+class Scratch:
+    """Flat buffers by name that grow and stay. One per plan: two plans in flight never share one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A view of the buffer, zeros at birth. Growing makes a new one: reserve the largest before taking views."""
+        need = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < need:
+            flat = self._flat[name] = torch.zeros(need, dtype=dtype, device=self.device)
+        return flat[:need].view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Views of the buffers for so many pages."""
+
+    landing: tuple[Tensor, ...]
+    """For each tensor of the cache, where the gather puts it: the storage dtype, in the layout's order."""
+    staged: tuple[tuple[Tensor, Tensor], ...]
+    """Copies ``(to, from)`` that change the dtype or widen the row."""
+    kv: KV
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A stretch of one sequence's pages, ready to be gathered."""
+
+    index: Tensor
+    """int32 pages; HND: rows of (page, head)."""
+    room: Room
+    first: int
+    """Position of the first key gathered: the start of a page."""
+
+
+class PagedReader:
+    """Gathers the pages of one layout. ``prepare`` makes the views of a sequence once per step, ``sources`` those of a
+    layer's cache once per call; ``load`` moves the data."""
+
+    def __init__(self, layout: str, page_size: int, storage: torch.dtype, shape: Shape, scratch: Scratch) -> None:
+        self.layout, self.page_size, self.storage, self.shape, self.scratch = layout, page_size, storage, shape, scratch
+        self.hnd = layout == "HND"
+        self.moves_as = torch.uint8 if storage in BYTE_FLOATS else storage
+        self.staging = storage != shape.dtype or shape.wider
+        self.reserved = 0
+        self.rooms: dict[int, Room] = {}
+
+    def reserve(self, keys: int) -> None:
+        """Make room for stretches of up to ``keys`` keys, before any view is taken."""
+        pages = -(-keys // self.page_size) + 1
+        if pages > self.reserved:
+            self.reserved = pages
+            self.rooms.clear()
+            self._room(pages)
+
+    def _room(self, count: int) -> Room:
+        """Where ``count`` pages land and become keys. The same buffers for all: sequences take turns."""
+        if count in self.rooms:
+            return self.rooms[count]
+        p, s = self.page_size, self.shape
+        landing, rows = [], []
+        for i, width in enumerate(s.widths):
+            if self.hnd:
+                land = self.scratch.take(f"pages{i}", self.storage, s.heads * count, p, width)
+                rows.append(land.view(s.heads, count * p, width))
+            else:
+                land = self.scratch.take(f"pages{i}", self.storage, count, p, s.heads, width)
+                rows.append(land.view(count * p, s.heads, width).transpose(0, 1))
+            landing.append(land.view(self.moves_as))
+        keys, staged = tuple(rows), []
+        if self.staging:
+            keys = tuple(
+                self.scratch.take(f"keys{i}", s.dtype, s.heads, count * p, w) for i, w in enumerate(s.kernel_widths)
+            )
+            for i, (row, at) in enumerate(zip(rows, s.offsets())):
+                staged.append((keys[0 if s.joined else i][..., at : at + row.shape[-1]], row))
+        self.rooms[count] = room = Room(tuple(landing), tuple(staged), s.arranged(keys))
+        return room
+
+    def prepare(self, table_row: Tensor, first: int, end: int) -> Pages:
+        """The gather of keys ``first:end`` of a sequence whose pages are ``table_row``."""
+        heads = self.shape.heads
+        index = table_row[first // self.page_size : -(-end // self.page_size)]
+        room = self._room(index.shape[0])
+        if self.hnd:
+            index = (index * heads + torch.arange(heads, device=index.device, dtype=index.dtype)[:, None]).view(-1)
+        return Pages(index, room, first // self.page_size * self.page_size)
+
+    def sources(self, cache: KVCache) -> list[tuple[Tensor, int]]:
+        """Each tensor of one layer's cache as rows to gather, and for HND how many rows lie between two pages."""
+        found = []
+        for t in cache.data:
+            step = self.shape.heads
+            if self.hnd and step == 1:
+                t = t.squeeze(1)
+            elif self.hnd:
+                if t.stride(0) % t.stride(1):
+                    t = t.contiguous()
+                step = t.stride(0) // t.stride(1)
+                rows = (t.shape[0] - 1) * step + t.shape[1]
+                t = t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
+            elif t.dim() == 3:
+                t = t.unsqueeze(2)
+            found.append((t.view(self.moves_as), step))
+        return found
+
+    def load(self, sources: list[tuple[Tensor, int]], pages: Pages) -> None:
+        """Gather one stretch into its room, which the next ``load`` overwrites."""
+        heads, room = self.shape.heads, pages.room
+        for (source, step), landing in zip(sources, room.landing):
+            index = pages.index
+            if step != heads:
+                index = index // heads * step + index % heads
+            _gather(source, 0, index, out=landing)
+        for to, of in room.staged:
+            to.copy_(of)
+
+
+class RaggedReader:
+    """The new tokens' own k and v, already in memory."""
+
+    def __init__(self, shape: Shape, given: torch.dtype, scratch: Scratch) -> None:
+        self.shape, self.scratch = shape, scratch
+        self.staged = tuple(given != shape.dtype or w != wide for w, wide in zip(shape.widths, shape.kernel_widths))
+        self.compact = torch.finfo(given).bits == 16
+
+    def load(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> KV:
+        """Rows ``start:stop`` of k and v.
+
+        Long runs of half precision are copied head by head: attention reads them once per block of queries, and the
+        stride over all heads costs it more than the copy.
+        """
+        s, out = self.shape, []
+        compact = self.compact and stop - start >= COMPACT_FROM
+        for i, (t, staged) in enumerate(zip(tensors, self.staged)):
+            rows = t[start:stop].transpose(0, 1)
+            if staged or compact:
+                room = self.scratch.take(f"new{i}", s.dtype, s.heads, stop - start, s.kernel_widths[i])
+                room[..., : rows.shape[-1]].copy_(rows)
+                rows = room
+            out.append(rows)
+        return s.arranged(tuple(out))
+
+
+def narrowed(kv: KV, k0: int, k1: int) -> KV:
+    """Keys ``k0:k1`` of both."""
+    if k0 == 0 and k1 == kv[0].shape[2]:
+        return kv
+    return kv[0].narrow(2, k0, k1 - k0), kv[1].narrow(2, k0, k1 - k0)
+
+
+COMPACT_FROM = 512
+"""Keys from which compacting pays (2 cores with AVX-512: 3 % at 1k, 6 % at 4k, nothing below)."""

@@ -1,0 +1,124 @@
+"""Query and key lengths of one step, and all that derives from them alone; shared by every view of a batch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attn_core.errors import BadInputError
+
+_INT32_MAX = 2**31 - 1
+
+
+class Lengths:
+    """Host lengths, int32 ``(num_seqs,)``, with their derived forms, each made once on first reading.
+
+    A view of some rows slices what its parent has, so that several kernels cost one transfer to the device.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        device: torch.device,
+        *,
+        kv_device: Tensor | None = None,
+        exact: bool = True,
+        within: tuple[Lengths, int, int] | None = None,
+    ) -> None:
+        self.query = query
+        self.kv = kv
+        self.device = device
+        self.exact = exact
+        self._kv_device = kv_device
+        self._within = within
+        self.queries: list[int] = query.tolist()
+        self.keys: list[int] = query.tolist() if kv is query else kv.tolist()
+        self._page_counts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, lo: int, hi: int) -> Lengths:
+        """Rows ``lo`` to ``hi`` (exclusive) as a view."""
+        kv_device = None if self._kv_device is None else self._kv_device[lo:hi]
+        return Lengths(
+            self.query[lo:hi], self.kv[lo:hi], self.device, kv_device=kv_device, exact=self.exact, within=(self, lo, hi)
+        )
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(self.queries)
+
+    @cached_property
+    def max_query(self) -> int:
+        return max(self.queries)
+
+    @cached_property
+    def max_kv(self) -> int:
+        return max(self.keys)
+
+    @cached_property
+    def query_on_device(self) -> Tensor:
+        if self._within is not None:
+            whole, lo, hi = self._within
+            return whole.query_on_device[lo:hi]
+        return self.query.to(self.device, non_blocking=True)
+
+    @cached_property
+    def kv_on_device(self) -> Tensor:
+        if self._kv_device is not None:
+            return self._kv_device
+        if self._within is not None:
+            whole, lo, hi = self._within
+            return whole.kv_on_device[lo:hi]
+        return self.kv.to(self.device, non_blocking=True)
+
+    @cached_property
+    def cu_query(self) -> Tensor:
+        return self._cut("cu_query") if self._within is not None else cumulative(self.query)
+
+    @cached_property
+    def cu_query_on_device(self) -> Tensor:
+        if self._within is not None:
+            return self._cut("cu_query_on_device")
+        return self.cu_query.to(self.device, non_blocking=True)
+
+    @cached_property
+    def cu_kv(self) -> Tensor:
+        if self._within is not None:
+            return self._cut("cu_kv")
+        if sum(self.keys) > _INT32_MAX:
+            raise BadInputError(
+                f"Batch: kv_lens sum to {sum(self.keys)} keys, more than int32 offsets can count; split the step"
+            )
+        return cumulative(self.kv)
+
+    @cached_property
+    def cu_kv_on_device(self) -> Tensor:
+        if self._within is not None:
+            return self._cut("cu_kv_on_device")
+        if self._kv_device is not None:
+            return cumulative(self._kv_device)
+        return self.cu_kv.to(self.device, non_blocking=True)
+
+    def _cut(self, name: str) -> Tensor:
+        """The parent's cumulative form for these rows: a view when they come first."""
+        if self._within is None:
+            raise AttributeError(name)
+        whole, lo, hi = self._within
+        offsets: Tensor = getattr(whole, name)[lo : hi + 1]
+        return offsets - offsets[0] if lo else offsets
+
+    def pages(self, page_size: int) -> tuple[Tensor, Tensor]:
+        """Cumulative page counts ``(num_seqs + 1,)`` and keys in each last page ``(num_seqs,)``; host int32."""
+        if page_size not in self._page_counts:
+            counts = (self.kv + (page_size - 1)) // page_size
+            self._page_counts[page_size] = cumulative(counts), self.kv - (counts - 1).clamp_(min=0) * page_size
+        return self._page_counts[page_size]
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """``[0, a, a + b, ...]`` in int32, on the device of ``lengths``."""
+    out = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=out[1:])
+    return out
