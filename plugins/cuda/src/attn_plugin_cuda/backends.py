@@ -1,0 +1,296 @@
+"""What the CUDA kernels promise for ordinary attention (MHA, GQA, encoders, cross attention) and all-reduce fusion.
+
+One block per backend: what all its roles accept, then what each adds. Only what a source shows is claimed; a feature
+that is not there is refused. Where sources disagree the row follows the one that refuses. Short names of the sources,
+with the versions read:
+
+* FI: flashinfer-python 0.7.2.post1; FA: flash-attention 0251105a; FA4: flash-attn-4 4.0.0b36
+* SK: sglang-kernel 0.4.10; SGLang 0.5.23; vLLM 0.33.0; threads by repository and number
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attn_core.domain import ANY, MultipleOf, NoneOf, OneOf
+from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
+from attn_core.spec.fields import GRAPHS
+from attn_plugin_cuda.platform import TOOLKIT
+
+HALF = ["bfloat16", "float16"]
+BOTH_LENGTHS = ["exact", "bounds"]
+CAPTURED = OneOf(*GRAPHS)
+"""A device graph may hold the call, whatever is in the batch."""
+NOT_CAPTURED = OneOf("decode", "piecewise", "none")
+"""For prefill: graphs of pure decode steps are no trouble, since it is not in them."""
+ENCODER = OneOf("piecewise", "none", "decode")
+"""For encoders that graphs cannot hold: nor are they in a decode step, but without a decoder that is no choice."""
+
+
+def cuda(floor: str) -> Requirement:
+    """The CUDA version that torch was built for: kernel packages look at that one, not at nvcc (FI utils.py)."""
+    return Requirement(f"cuda>={floor}", written_for=TOOLKIT, install=f"use a torch built for CUDA {floor} or later")
+
+
+FLASHINFER = Requirement(
+    "flashinfer-python>=0.7",
+    written_for="0.7.2.post1",
+    symbols=("flashinfer.decode", "flashinfer.prefill"),
+    install="pip install flashinfer-python",
+)
+SGL_KERNEL = Requirement(
+    "sglang-kernel>=0.4",
+    written_for="0.4.10",
+    symbols=("sgl_kernel.flash_attn",),
+    install="pip install sglang-kernel",
+)
+FLASH_ATTN = Requirement(
+    "flash-attn>=2.6",
+    written_for="2.8.3.post2",
+    symbols=("flash_attn.flash_attn_interface",),  # flash-attn-4 owns the same top package
+    install="pip install flash-attn",
+)
+FLASH_ATTN_4 = Requirement(
+    "flash-attn-4>=4.0.0b36",
+    written_for="4.0.0b36",
+    symbols=("flash_attn.cute",),
+    install="pip install --pre flash-attn-4",
+)
+CUTLASS_DSL = Requirement(
+    "nvidia-cutlass-dsl>=4.6.2",
+    written_for="4.6.2",
+    symbols=("cutlass.cute",),
+    install="pip install nvidia-cutlass-dsl",
+)
+
+FLASHINFER_CUDA = {"sm_100": "12.8", "sm_103": "12.9", "sm_110": "13.0", "sm_120": "12.8", "sm_121": "12.9"}
+"""Arch -> oldest CUDA that FlashInfer compiles it for (FI utils.py, is_sm100a_supported and its kin)."""
+TRTLLM_GEN = frozenset({"tcgen05", "tmem", "sm_100f"})
+"""trtllm-gen ships binaries for the sm_100 family and nothing else (FI fmhaRunner.cuh:37)."""
+
+
+def flashinfer_needs(device: Device) -> tuple[Requirement, ...]:
+    floor = FLASHINFER_CUDA.get(device.arch)
+    return (FLASHINFER, cuda(floor)) if floor else (FLASHINFER,)
+
+
+def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[BackendSpec, ...]:
+    """One row per role: ``roles`` maps it to what it accepts, the rest holds for all of them."""
+    return tuple(
+        BackendSpec(platform="cuda", backend=backend, role=role, accepts=accepts, evidence=evidence, **more)
+        for role, accepts in roles.items()
+    )
+
+
+# ---- flashinfer ------------------------------------------------------------------------------------------------------
+# fa2 kernels from templates, on 8.0 and later. Turing is left to Triton: flashinfer issue 3620, which vLLM fences off.
+# No sinks: the plain wrappers take sinks= and drop it on fa2, fa3 and CUDA-core decode. The wrapper that applies them
+# names its binary without the head_dim, so that two groups of one model would share one: not offered either.
+
+_FI = (
+    "FI prefill.py:835-905 (sinks are dropped), attention/_core.py:431 (sink wrapper), attention/prefill.cuh:377-394 "
+    "(widths); sglang PR 23139, PR 18758; vLLM flashinfer.py:696 (Turing)"
+)
+_FI_ANY = {
+    "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "deterministic": True,
+}  # fmt: skip
+_FI_PAGED = {
+    **_FI_ANY, "attn_type": ["decoder", "cross"], "head_dims": [(64, 64), (128, 128), (256, 256), (192, 128)],
+    "unequal_v": True, "sliding_window": True, "page_size": ANY,
+    "kv_cache_dtype": ["auto", "fp8_e4m3", "fp8_e5m2"], "kv_layout": ["NHD", "HND"],
+}  # fmt: skip
+
+
+def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
+    requires = flashinfer_needs(device)
+    tuned: dict[str, Any] = {"tier": Tier.TUNED, "requires": requires}
+    fa2 = {"needs": {"mma_sync", "cp_async"}, **tuned}
+    return (
+        # Ragged and not causal. Widths below 64 run padded; the scale stays the model's own.
+        *table(
+            "flashinfer",
+            f"sglang PR 6230, issue 6050; flashinfer issue 1048; {_FI}",
+            {"encode": {**_FI_ANY, "attn_type": ["encoder_only"], "head_dim": [64, 128, 256], "graph": ENCODER}},
+            pads={"head_dim"},
+            **fa2,
+        ),
+        *table("flashinfer", _FI, {"prefill": {**_FI_PAGED, "graph": NOT_CAPTURED}}, **fa2),
+        # On tensor cores decode is the paged prefill kernel with few queries: hence its pairs and masks. After XQA.
+        *table(
+            "flashinfer",
+            f"{_FI}; FI decode.py (use_tensor_cores)",
+            {"decode": {**_FI_PAGED, "graph": CAPTURED, "verify_width": ANY, "tree_mask": True}},
+            rank=1,
+            **fa2,
+        ),
+        # XQA. It takes sinks, but vLLM admits them only where cubins can be fetched, and FlashInfer's prefill drops
+        # them: refused until the adapter has run there.
+        *table(
+            "flashinfer",
+            "FI xqa.py:402, jit/xqa.py (widths, pages); sglang PR 18758 (XQA decode on SM12x)",
+            {
+                "decode": {
+                    "dtype": HALF, "device.arch": ["sm_120", "sm_121"], "head_dim": MultipleOf(16, max=256),
+                    "custom_scale": True, "sliding_window": True, "page_size": [16, 32, 64, 128],
+                    "kv_cache_dtype": ["auto", "fp8_e4m3"], "kv_layout": ["NHD", "HND"], "graph": CAPTURED,
+                    "host_lengths": BOTH_LENGTHS,
+                }
+            },
+            **tuned,
+        ),
+        # Compiled for majors 9, 10 and 12; its workspace holds 2 to 16 ranks.
+        *table(
+            "flashinfer",
+            "FI jit/comm.py:47,182,198,406; sglang PR 18758",
+            {
+                "allreduce_fusion": {
+                    "dtype": HALF, "device.arch": ["sm_90", "sm_100", "sm_103", "sm_120", "sm_121"],
+                    "world_size": MultipleOf(1, min=2, max=16), "graph": CAPTURED,
+                }
+            },
+            **tuned,
+        ),
+    )  # fmt: skip
+
+
+# ---- fa2 -------------------------------------------------------------------------------------------------------------
+# Portable, and ranked last: its pages are 256 tokens, which costs prefix reuse. For those who name it.
+
+_FA2_ANY = {
+    "dtype": HALF, "head_dim": MultipleOf(8, max=256), "device.arch": ["sm_80", "sm_86", "sm_89", "sm_90"],
+    "sliding_window": True, "logit_softcap": True, "alibi": True, "custom_scale": True, "lse": True,
+    "deterministic": True,
+}  # fmt: skip
+_FA2_PAGED = {
+    **_FA2_ANY, "attn_type": ["decoder", "cross"], "page_size": MultipleOf(256), "host_lengths": BOTH_LENGTHS,
+}  # fmt: skip
+_FA2 = table(
+    "fa2",
+    "FA flash_attn/flash_attn_interface.py, csrc/flash_attn/flash_api.cpp (8.0 and later, head_dim, page % 256)",
+    {
+        "encode": {**_FA2_ANY, "attn_type": ["encoder_only"], "graph": ENCODER},
+        "prefill": {**_FA2_PAGED, "graph": NOT_CAPTURED},
+        "decode": {**_FA2_PAGED, "graph": CAPTURED, "verify_width": ANY},
+    },
+    tier=Tier.PORTABLE,
+    rank=50,
+    needs={"mma_sync", "cp_async"},
+    requires=(FLASH_ATTN,),
+)
+
+# ---- fa3 -------------------------------------------------------------------------------------------------------------
+# The sglang-kernel build: it has sinks, which upstream lacks, and is the one on PyPI. Hopper only: builds for 8.x
+# exist, but the engines disagree on them.
+
+_FA3_ANY = {
+    "dtype": HALF, "head_dim": MultipleOf(8, max=256), "sliding_window": True, "logit_softcap": True,
+    "custom_scale": True, "lse": True, "deterministic": True, "graph": CAPTURED,
+}  # fmt: skip
+_FA3_PAGED = {
+    **_FA3_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True, "sinks": True, "attention_chunk": True,
+    "page_size": ANY, "kv_cache_dtype": ["auto", "fp8_e4m3"], "host_lengths": BOTH_LENGTHS,
+}  # fmt: skip
+FA3_NEEDS: dict[str, Any] = {"needs": {"wgmma", "tma"}, "requires": (SGL_KERNEL, cuda("12.3"))}
+_FA3 = table(
+    "fa3",
+    "SK sgl_kernel/flash_attn.py (sinks, attention_chunk); FA hopper/ (widths, fp8); SGLang is_fa3_supported; "
+    "sglang PR 23139 (no decode under kernel-driven KV offload)",
+    {
+        "encode": {**_FA3_ANY, "attn_type": ["encoder_only"]},
+        "prefill": _FA3_PAGED,
+        "decode": {**_FA3_PAGED, "verify_width": ANY, "kv_offload_io": NoneOf("kernel")},
+    },
+    tier=Tier.BEST,
+    **FA3_NEEDS,
+)
+
+# ---- fa4 -------------------------------------------------------------------------------------------------------------
+# CuTe-DSL. Its wheel also runs on 9.0, 11.0 and 12.x with fewer features; offered where the engines use it.
+
+_FA4_ANY = {
+    "dtype": HALF, "device.arch": ["sm_100", "sm_103"], "sliding_window": True, "logit_softcap": True,
+    "custom_scale": True, "lse": True, "graph": CAPTURED,
+}  # fmt: skip
+_FA4_PAGED = {
+    **_FA4_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True, "sinks": True, "page_size": [128],
+    "head_dims": [*((w, w) for w in range(8, 129, 8)), (192, 128), (256, 256)],
+    "kv_cache_dtype": ["auto", "fp8_e4m3"], "host_lengths": BOTH_LENGTHS,
+}  # fmt: skip
+_FA4 = table(
+    "fa4",
+    "FA4 flash_attn/cute/interface.py:844-1775; vLLM fa_utils.py (head_dim 256); SGLang (page 128 on SM100)",
+    {
+        "encode": {**_FA4_ANY, "attn_type": ["encoder_only"], "head_dim": MultipleOf(8, max=128)},
+        "prefill": _FA4_PAGED,
+        "decode": {**_FA4_PAGED, "verify_width": ANY},
+    },
+    tier=Tier.BEST,
+    rank=10,
+    needs={"tcgen05", "tmem"},
+    requires=(FLASH_ATTN_4, CUTLASS_DSL, cuda("12.8")),
+)
+
+# ---- trtllm_mha ------------------------------------------------------------------------------------------------------
+# No softcap, no cross attention, no encoders (it reads a paged cache), no LSE (rows without keys are not written).
+
+_TRTLLM_ANY = {
+    "dtype": HALF, "head_dim": [64, 128, 256], "sliding_window": True, "sinks": True, "custom_scale": True,
+    "page_size": [64, 32, 16], "kv_cache_dtype": ["auto", "fp8_e4m3"], "kv_layout": ["HND", "NHD"],
+    "host_lengths": BOTH_LENGTHS,
+}  # fmt: skip
+_TRTLLM = table(
+    "trtllm_mha",
+    "FI fmhaRunner.cuh:37 (sm_100, 103, 107 only), trtllm_batch_context_with_kv_cache, "
+    "trtllm_batch_decode_with_kv_cache; sglang PR 18758; SGLang trtllm_mha (softcap ignored, no cross attention)",
+    {
+        "prefill": {**_TRTLLM_ANY, "graph": NOT_CAPTURED},
+        "decode": {**_TRTLLM_ANY, "graph": CAPTURED, "verify_width": ANY},
+    },
+    tier=Tier.BEST,
+    needs=TRTLLM_GEN,
+    requires=(FLASHINFER, cuda("12.8")),
+)
+
+
+def rows(device: Device) -> Iterable[BackendSpec]:
+    """Every row, whether or not the device can run it: the core explains why not."""
+    return (*_flashinfer(device), *_FA2, *_FA3, *_FA4, *_TRTLLM)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def _rules() -> Iterable[Constraint]:
+    for role in ("prefill", "decode"):
+        yield Constraint(
+            name=f"fa3-{role}-unequal-widths",
+            when={role: "fa3", "kind": "mha", "unequal_v": OneOf(True)},
+            then={"head_dims": [(192, 128)]},
+            because="fa3 is compiled for few pairs of unequal widths; 192/128 is the one in use",
+            evidence="FA hopper/flash_api.cpp (129..192 with 97..128 on SM90); SGLang (MiMo-V2 on SM90)",
+        )
+        yield Constraint(
+            name=f"fa3-{role}-fp8-width",
+            when={role: "fa3", "kind": "mha", "kv_cache_dtype": "fp8_e4m3"},
+            then={"head_dim": MultipleOf(16)},
+            because="fa3 reads fp8 caches in rows of 16 bytes",
+            evidence="FA hopper/flash_api.cpp (head_dim % 16 for fp8)",
+        )
+        yield Constraint(
+            name=f"fa4-{role}-head-dim-256",
+            when={role: "fa4", "head_dims": [(256, 256)]},
+            then={"sinks": False, "logit_softcap": None, "kv_cache_dtype": "auto"},
+            because="fa4's kernel for head_dim 256 has neither sinks nor softcap and reads no quantised cache",
+            evidence="vLLM fa_utils.py (head_dim 256 on 10.x)",
+        )
+        yield Constraint(
+            name=f"flashinfer-{role}-cross-window",
+            when={role: "flashinfer", "attn_type": "cross"},
+            then={"sliding_window": None},
+            because="flashinfer plans cross attention without a window",
+            evidence="SGLang flashinfer_backend.py (two wrappers, either window or cross)",
+        )
+
+
+RULES = tuple(_rules())

@@ -1,0 +1,259 @@
+"""What the CUDA kernels promise for MLA (DeepSeek, Kimi), dense and token-sparse.
+
+Two forms: *absorbed* runs on the latent cache, one key/value head of 576 against 512; *materialised* prefill attends
+over expanded keys and values of the new tokens. Sources as in :mod:`attn_plugin_cuda.backends`, and FMLA: FlashMLA
+9241ae3e; SFM: sgl-flash-mla 1.0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from attn_core.domain import ANY, MultipleOf, NoneOf
+from attn_core.spec import BackendSpec, Device, Requirement, Tier
+from attn_plugin_cuda.backends import (
+    BOTH_LENGTHS,
+    CAPTURED,
+    CUTLASS_DSL,
+    FA3_NEEDS,
+    FLASHINFER,
+    HALF,
+    NOT_CAPTURED,
+    TRTLLM_GEN,
+    cuda,
+    flashinfer_needs,
+    table,
+)
+
+FLASH_MLA = Requirement(
+    "sgl-flash-mla>=1.0",
+    written_for="1.0.0",
+    symbols=("flash_mla.flash_mla_interface",),
+    install="pip install sgl-flash-mla; flash-mla itself dropped Hopper and these cache formats on 2026-09-30",
+)
+VLLM = Requirement(
+    "vllm>=0.30", written_for="0.33.0", symbols=("vllm._custom_ops",), install="pip install vllm (for its CUTLASS MLA)"
+)
+
+_EXPANDED = {
+    "kind": "mla", "dtype": HALF, "unequal_v": True, "custom_scale": True, "lse": True,
+    "kv_layout": ["MLA", "MLA_SPLIT"], "kv_cache_dtype": ["auto", "fp8_e4m3"], "page_size": ANY,
+    "graph": NOT_CAPTURED,
+}  # fmt: skip
+"""Materialised prefill: it reads no cache, so that is whatever decode and its writer agree on."""
+_LATENT = {
+    "kind": "mla", "dtype": HALF, "unequal_v": True, "custom_scale": True, "kv_layout": ["MLA"],
+    "head_dims": [(576, 512)], "graph": CAPTURED,
+}  # fmt: skip
+_PACKED = {**_LATENT, "mla_query": "packed"}
+_EITHER = {**_LATENT, "mla_query": ["packed", "split"]}
+_EXPANDED_512 = {**_EXPANDED, "head_dims": [(192, 128), (256, 256)]}
+_MATERIALISED: dict[str, Any] = {"form": "materialised"}
+_ABSORBED: dict[str, Any] = {"form": "absorbed"}
+
+# ---- flashinfer ------------------------------------------------------------------------------------------------------
+
+_FI_FAVOURED = frozenset({"sm_90", "sm_100", "sm_103", "sm_120", "sm_121"})
+"""Where engines let FlashInfer serve MLA; elsewhere it stands behind Triton, for those who name it."""
+_FI_RAGGED = "FI BatchPrefillWithRaggedKVCacheWrapper (192/128); SGLang flashinfer_mla_backend.py"
+_FI_LATENT = "FI mla/_batch_mla/_backends/_capabilities.py; sglang PR 18758 (SM12x: flashinfer before triton)"
+
+
+def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
+    favoured = device.arch in _FI_FAVOURED
+    more: dict[str, Any] = {
+        "tier": Tier.TUNED if favoured else Tier.PORTABLE, "rank": 0 if favoured else 50,
+        "needs": {"mma_sync", "cp_async"}, "requires": flashinfer_needs(device),
+    }  # fmt: skip
+    # fp8 caches only through the fa3 kernel, hence Hopper
+    cache = ["auto", "fp8_e4m3"] if device.arch == "sm_90" else ["auto"]
+    decode = {
+        **_EITHER, "head_dims": [(576, 512), (320, 256)], "page_size": ANY, "kv_cache_dtype": cache, "lse": True,
+        "verify_width": ANY, "device.shared_memory_per_block": MultipleOf(1, min=92672),
+    }  # fmt: skip
+    prefill = {**_EXPANDED, "head_dims": [(192, 128), (128, 128), (256, 256)], "logit_softcap": True}
+    return (
+        *table("flashinfer", _FI_RAGGED, {"prefill": prefill}, **_MATERIALISED, **more),
+        *table("flashinfer", _FI_LATENT, {"decode": decode}, **_ABSORBED, **more),
+    )
+
+
+# ---- fa3 -------------------------------------------------------------------------------------------------------------
+
+_FA3 = (
+    *table(
+        "fa3",
+        "SK sgl_kernel/flash_attn.py; FA hopper/ (192/128); SGLang flashattention_backend.py (MLA prefill expanded)",
+        {"prefill": {**_EXPANDED_512, "graph": CAPTURED, "host_lengths": BOTH_LENGTHS}},
+        tier=Tier.BEST,
+        **_MATERIALISED,
+        **FA3_NEEDS,
+    ),
+    *table(
+        "fa3",
+        "SK sgl_kernel/flash_attn.py (qv: rope <= 64, latent >= 256, 16 bit, SM90); sglang PR 23139 (KV offload)",
+        {
+            "decode": {
+                **_EITHER, "page_size": ANY, "kv_cache_dtype": ["auto"], "lse": True, "verify_width": ANY,
+                "host_lengths": BOTH_LENGTHS, "kv_offload_io": NoneOf("kernel"),
+            }
+        },
+        tier=Tier.BEST,
+        **_ABSORBED,
+        **FA3_NEEDS,
+    ),
+)  # fmt: skip
+
+# ---- flashmla, cutlass_mla -------------------------------------------------------------------------------------------
+# Decode kernels. Their names stand for a whole backend in engines, where FlashInfer's ragged kernel prefills.
+
+_BEHIND: dict[str, Any] = {"tier": Tier.TUNED, "rank": 30}
+_FLASHMLA = (
+    *table(
+        "flashmla",
+        f"SGLang flashmla_backend.py (prefill is FlashInfer's); {_FI_RAGGED}",
+        {"prefill": _EXPANDED_512},
+        needs={"wgmma"},
+        requires=(FLASHINFER, FLASH_MLA),
+        **_BEHIND,
+        **_MATERIALISED,
+    ),
+    *table(
+        "flashmla",
+        "FMLA README (dense decode on SM90, page 64); vLLM v1/attention/ops/flashmla.py; SFM flash_mla/_loader.py",
+        {
+            "decode": {
+                **_PACKED, "page_size": [64], "kv_cache_dtype": ["auto", "fp8_e4m3"], "lse": True,
+                "verify_width": ANY, "host_lengths": BOTH_LENGTHS, "device.arch": ["sm_90"],
+            }
+        },
+        needs={"wgmma", "tma"},
+        requires=(FLASH_MLA, cuda("12.8")),
+        **_BEHIND,
+        **_ABSORBED,
+    ),
+)  # fmt: skip
+_CUTLASS = (
+    *table(
+        "cutlass_mla",
+        f"SGLang cutlass_mla_backend.py (prefill is FlashInfer's); {_FI_RAGGED}",
+        {"prefill": _EXPANDED_512},
+        needs={"tcgen05", "tmem", "sm_100f"},
+        requires=(FLASHINFER, cuda("12.8")),
+        **_BEHIND,
+        **_MATERIALISED,
+    ),
+    # vLLM's op takes the model's scale; FlashInfer's own is fixed to 1/sqrt(192), which YaRN models do not have.
+    *table(
+        "cutlass_mla",
+        "vLLM cutlass_mla.py:65, torch.ops._C.sm100_cutlass_mla_decode (major 10 only, page 128)",
+        {"decode": {**_EITHER, "page_size": [128], "kv_cache_dtype": ["auto", "fp8_e4m3"], "lse": True}},
+        needs={"tcgen05", "tmem", "sm_100f"},
+        requires=(VLLM, cuda("12.8")),
+        **_BEHIND,
+        **_ABSORBED,
+    ),
+)  # fmt: skip
+
+# ---- trtllm_mla, cutedsl_mla -----------------------------------------------------------------------------------------
+
+_TRTLLM_RAGGED = "FI trtllm_ragged_attention_deepseek; vLLM TRTLLM_RAGGED (192/128 and 256/256 on major 10)"
+_TRTLLM_LATENT = {
+    **_PACKED, "page_size": [64, 32], "kv_cache_dtype": ["auto", "fp8_e4m3"], "nope_dim": [128],
+    "verify_width": ANY, "host_lengths": BOTH_LENGTHS,
+}  # fmt: skip
+_TRTLLM = (
+    *table(
+        "trtllm_mla",
+        f"{_TRTLLM_RAGGED}; sglang PR 18758 (SM12x has no such kernel)",
+        {"prefill": _EXPANDED_512},
+        tier=Tier.BEST,
+        needs=TRTLLM_GEN,
+        requires=(FLASHINFER, cuda("12.8")),
+        **_MATERIALISED,
+    ),
+    *table(
+        "trtllm_mla",
+        "FI trtllm_batch_decode_with_kv_cache_mla, _capabilities.py (pages 32 and 64, heads not between 64 and 128)",
+        {"decode": {**_TRTLLM_LATENT, "dtype": ["bfloat16"], "num_heads": [128, 64, 32, 16, 8, 4, 2, 1]}},
+        tier=Tier.BEST,
+        needs=TRTLLM_GEN,
+        requires=(FLASHINFER, cuda("12.8")),
+        **_ABSORBED,
+    ),
+)
+_CUTEDSL = (
+    *table(
+        "cutedsl_mla",
+        f"SGLang cutedsl_mla (prefill becomes trtllm_mla); {_TRTLLM_RAGGED}",
+        {"prefill": _EXPANDED_512},
+        tier=Tier.BEST,
+        rank=10,
+        needs=TRTLLM_GEN,
+        requires=(FLASHINFER, cuda("12.8")),
+        **_MATERIALISED,
+    ),
+    *table(
+        "cutedsl_mla",
+        "FI _capabilities.py (cute-dsl-monolithic: 10.0, 10.3, 10.7); SGLang (decode only, pages 32 and 64)",
+        {"decode": {**_TRTLLM_LATENT, "lse": True}},
+        tier=Tier.BEST,
+        rank=10,
+        needs=TRTLLM_GEN,
+        requires=(FLASHINFER, CUTLASS_DSL, cuda("12.8")),
+        **_ABSORBED,
+    ),
+)
+
+# ---- dsa -------------------------------------------------------------------------------------------------------------
+# FlashMLA's sparse kernels, Hopper and the sm_100 family. The fp8 cache has 656 bytes a token and its own writer; both
+# kernels can serve it (flashmla_sparse after dequantising what it gathers), so each step's plan takes the cheaper one.
+
+_DSA = {
+    **_PACKED, "sparse": "dsa", "dtype": ["bfloat16"], "topk": MultipleOf(128), "num_heads": [64, 128],
+    "page_size": [64], "lse": True, "device.arch": ["sm_90", "sm_100", "sm_103"],
+}  # fmt: skip
+_DSA_FP8 = {**_DSA, "kv_layout": ["DSA_FP8"], "kv_cache_dtype": ["fp8_e4m3"]}
+_DSA_BF16 = {**_DSA, "kv_cache_dtype": ["auto"]}
+_DSA_ROW: dict[str, Any] = {"tier": Tier.BEST, "requires": (FLASH_MLA, cuda("12.8")), **_ABSORBED}
+_DSA_TABLE = (
+    *table(
+        "dsa",
+        "FMLA README (sparse prefill and decode, SM90 and SM100, 656-byte rows); SGLang dsa backend (choice per step); "
+        "vLLM flashmla_sparse.py (64 or 128 heads, others padded; page 64)",
+        {"prefill": {**_DSA_FP8, "graph": NOT_CAPTURED}, "decode": {**_DSA_FP8, "verify_width": ANY}},
+        variants={
+            "flashmla_sparse": "total_kv_tokens < 512 * total_q_tokens",
+            "flashmla_kv": "otherwise",
+        },
+        pads={"num_heads"},
+        **_DSA_ROW,
+    ),
+    *table(
+        "dsa",
+        "FMLA flash_mla_sparse_fwd (bf16 rows); SGLang dsa backend (bf16 cache: flashmla_sparse)",
+        {"prefill": {**_DSA_BF16, "graph": NOT_CAPTURED}, "decode": {**_DSA_BF16, "verify_width": ANY}},
+        variants={"flashmla_sparse": "every step: flashmla_kv reads fp8 caches only"},
+        pads={"num_heads"},
+        rank=10,
+        **_DSA_ROW,
+    ),
+    *table(
+        "dsa",
+        "vLLM concat_and_cache_mla (fp8_ds_mla: 512 fp8 values, 4 scales, 64 bf16 values a token)",
+        {
+            "kv_write": {
+                "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(576, 512)], "unequal_v": True, "page_size": [64],
+                "kv_layout": ["DSA_FP8"], "kv_cache_dtype": ["fp8_e4m3"], "mla_query": ["packed", "split"],
+                "graph": CAPTURED, "device.arch": ["sm_90", "sm_100", "sm_103"],
+            }
+        },
+        **_DSA_ROW,
+    ),
+)  # fmt: skip
+
+
+def rows(device: Device) -> Iterable[BackendSpec]:
+    """Every row, whether or not the device can run it: the core explains why not."""
+    return (*_flashinfer(device), *_FA3, *_FLASHMLA, *_CUTLASS, *_TRTLLM, *_CUTEDSL, *_DSA_TABLE)

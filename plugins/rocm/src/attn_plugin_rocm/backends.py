@@ -1,0 +1,146 @@
+"""What AITER's and wave's kernels promise on AMD GPUs.
+
+Sources: AITER e404860; vLLM 0.33.0; SGLang 0.5.23; threads by repository and number. Refused here although the calls
+exist: encoders (engines run them causally), cross attention, LSE and sinks from paged decode, windows of paged decode
+(its variants disagree), MLA through wave (NaN on HIP 7.15), and RDNA (aiter issue 3294: host checks admit CDNA only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attn_core.domain import ANY, MultipleOf, OneOf
+from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
+from attn_core.spec.fields import GRAPHS
+
+HALF = ["bfloat16", "float16"]
+CAPTURED = OneOf(*GRAPHS)
+"""A device graph may hold the call, whatever is in the batch."""
+NOT_CAPTURED = OneOf("decode", "piecewise", "none")
+"""For prefill: graphs of pure decode steps are no trouble, since it is not in them."""
+CDNA = ["gfx942", "gfx950"]
+FP8 = {"gfx942": "fp8_e4m3fnuz", "gfx950": "fp8_e4m3"}
+"""The 8-bit format a chip's matrix units read. One bit pattern means different numbers in the two."""
+
+AITER = Requirement(
+    "amd-aiter",
+    symbols=("aiter.ops.mha", "aiter.mla"),
+    install="build AITER from its repository, ROCm/aiter; aiter on PyPI is another project",
+)
+WAVE = (
+    Requirement("wave-lang>=3", written_for="3.9.1", symbols=("wave_lang",), install="pip install wave-lang"),
+    Requirement(
+        "sglang>=0.5",
+        written_for="0.5.23",
+        symbols=("sglang.srt.layers.attention.wave_ops",),
+        install="install sglang for ROCm: the wave kernels are in it",
+    ),
+)
+
+
+def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[BackendSpec, ...]:
+    """One row per role: ``roles`` maps it to what it accepts, the rest holds for all of them."""
+    return tuple(
+        BackendSpec(
+            platform="rocm", backend=backend, role=role, accepts={"device.arch": CDNA, **accepts}, evidence=evidence,
+            needs=frozenset({"mfma"}), **more,
+        )
+        for role, accepts in roles.items()
+    )  # fmt: skip
+
+
+def _cache(device: Device) -> list[str]:
+    return ["auto", FP8[device.arch]] if device.arch in FP8 else ["auto"]
+
+
+_BEST: dict[str, Any] = {"tier": Tier.BEST, "requires": (AITER,)}
+
+
+def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
+    # CK and assembly: paged batch prefill, paged_attention_v1.
+    ck = {
+        "dtype": HALF, "head_dim": [64, 128, 256], "logit_softcap": True, "custom_scale": True, "page_size": [16, 32],
+        "kv_cache_dtype": cache,
+    }  # fmt: skip
+    yield from table(
+        "aiter",
+        "AITER mha_batch_prefill_func, paged_attention_v1; vLLM rocm_aiter_fa.py (gfx942 and gfx950, pages, widths)",
+        {
+            "prefill": {**ck, "sliding_window": True, "sinks": True, "lse": True, "graph": NOT_CAPTURED},
+            "decode": {**ck, "graph": CAPTURED},
+        },
+        **_BEST,
+    )
+    # One Triton kernel for prefill and decode: causal only, no LSE. Serves what the others refuse.
+    unified = {
+        "dtype": HALF, "head_dim": MultipleOf(8, min=32, max=256), "sliding_window": True, "sinks": True,
+        "logit_softcap": True, "alibi": True, "custom_scale": True, "page_size": [64, 16, 32, 128, 256],
+        "kv_cache_dtype": cache, "graph": CAPTURED, "host_lengths": ["exact", "bounds"],
+    }  # fmt: skip
+    yield from table(
+        "aiter",
+        "AITER ops/triton/attention/unified_attention.py (assert causal); vLLM rocm_aiter_unified_attn.py (pages)",
+        {"prefill": unified, "decode": {**unified, "verify_width": ANY}},
+        unified=True,
+        rank=1,
+        **_BEST,
+    )
+
+
+def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
+    latent = {
+        "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(576, 512)], "unequal_v": True, "custom_scale": True,
+        "lse": True, "page_size": [1], "kv_cache_dtype": cache, "kv_layout": ["MLA"], "graph": CAPTURED,
+    }  # fmt: skip
+    evidence = (
+        "AITER aiter/mla.py, csrc/py_itfs_cu/asm_mla.cu (token indices, 16 to 128 heads); SGLang aiter_backend.py "
+        "(fewer than 16 heads are padded); sglang PR 25556 (page 64 is accepted and wrong)"
+    )
+    absorbed = {"form": "absorbed", **_BEST}
+    yield from table("aiter", evidence, {"decode": {**latent, "num_heads": MultipleOf(16, max=128)}}, **absorbed)
+    yield from table(
+        "aiter", evidence, {"decode": {**latent, "num_heads": [16]}}, pads={"num_heads"}, rank=1, **absorbed
+    )
+    expanded = {
+        "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(192, 128)], "unequal_v": True, "custom_scale": True,
+        "lse": True, "page_size": ANY, "kv_cache_dtype": cache, "kv_layout": ["MLA"], "graph": NOT_CAPTURED,
+    }  # fmt: skip
+    yield from table(
+        "aiter",
+        "AITER flash_attn_varlen_func (fmha v3: bf16, 192/128 on gfx942 and gfx950)",
+        {"prefill": expanded},
+        form="materialised",
+        **_BEST,
+    )
+
+
+# Behind Triton: for those who name it. It indexes by token and compiles per shape.
+_WAVE_ANY = {
+    "dtype": ["bfloat16"], "head_dim": [64, 128], "logit_softcap": True, "custom_scale": True, "page_size": [1],
+}  # fmt: skip
+_WAVE = table(
+    "wave",
+    "SGLang srt/layers/attention/wave_backend.py, wave_ops/ (no sinks, no encoders, never automatic)",
+    {"prefill": {**_WAVE_ANY, "graph": NOT_CAPTURED}, "decode": {**_WAVE_ANY, "graph": CAPTURED}},
+    tier=Tier.PORTABLE,
+    rank=50,
+    requires=WAVE,
+)
+
+
+def rows(device: Device) -> Iterable[BackendSpec]:
+    """Every row, whether or not the device can run it: the core explains why not."""
+    cache = _cache(device)
+    return (*_aiter(cache), *_aiter_mla(cache), *_WAVE)
+
+
+RULES = (
+    Constraint(
+        name="aiter-mla-both-or-none",
+        when={"kind": "mla", "prefill": "aiter"},
+        then={"decode": "aiter"},
+        because="AITER serves MLA as a whole: where its decode cannot take the model's heads, Triton does both",
+        evidence="SGLang model_override_base.py:get_default_attn_backend (ROCm, MLA)",
+    ),
+)
