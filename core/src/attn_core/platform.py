@@ -115,7 +115,8 @@ class Platform:
     @property
     def fp8_dtype(self) -> str:
         """Name of the torch dtype that ``fp8_e4m3`` means on this device."""
-        return "float8_e4m3fnuz" if "fp8_fnuz" in self.device.isa else self.spec.fp8_dtype
+        fnuz = any(token.endswith("fp8_fnuz") for token in self.device.isa)
+        return "float8_e4m3fnuz" if fnuz else self.spec.fp8_dtype
 
     @cached_property
     def supported_dtypes(self) -> tuple[str, ...]:
