@@ -38,6 +38,8 @@ def read(v: View, **traits: Any) -> dict[str, Group]:
         else:
             has = tuple(("full",) for _ in has)
     if any("sliding" in kind for kind in has):
+        if base.attn_type == "encoder_only" and two_sided(v) != "all":
+            raise BadInputError(f"{v.name}: is_causal=False with a sliding_window: does it count one side or both?")
         variants["sliding"] = replace(base, sliding_window=window(v))
     if any("chunked" in kind for kind in has):
         variants["chunked"] = replace(base, attention_chunk=v.size("attention_chunk_size"))

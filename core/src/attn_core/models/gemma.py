@@ -8,7 +8,7 @@ from typing import Any
 
 from attn_core.errors import BadInputError
 from attn_core.models import dense
-from attn_core.models.layers import collect, kinds, window
+from attn_core.models.layers import collect, names, window
 from attn_core.models.view import View
 from attn_core.spec.model import AttentionSpec, Group
 
@@ -45,28 +45,27 @@ def read_gemma4(v: View) -> dict[str, Group]:
     Source: ``Gemma4TextConfig`` and ``create_masks_for_vision_model`` in ``modeling_gemma4.py``.
     """
     v = _two_sided_window(v)
-    has = list(kinds(v))
+    has = names(v, "full", "sliding")
     if v.get("layer_types") is None:
-        has[-1] = ("full",)
+        has[-1] = "full"
     base = dense.attention(v, scale=1.0, bidirectional_prefix=False)
     images = dense.two_sided(v) == "vision" and v.parent is not None
     sliding = replace(base, sliding_window=window(v), bidirectional_prefix=images)
     entries: list[tuple[int, str, Group]] = []
-    for i, kind in enumerate(has):
-        changes = _full_layer(v, i) if kind == ("full",) else _overrides(v, i)
-        spec = replace(base if kind == ("full",) else sliding, **changes)
-        entries.append((i, kind[0], spec))
+    for i, name in enumerate(has):
+        changes = _full_layer(v, i) if name == "full" else _overrides(v, i)
+        entries.append((i, name, replace(base if name == "full" else sliding, **changes)))
     return collect(_share_kv(v, collect(entries)))
 
 
 def _overrides(v: View, layer: int) -> dict[str, Any]:
     """What ``per_layer_config`` (transformers' own form) changes for one layer; keys may be zero-padded strings."""
     table = v.sub("per_layer_config") or {}
-    found = next((table[key] for key in table if str(key).isdecimal() and int(key) == layer), {})
+    found: Any = next((table[key] for key in table if str(key).isdecimal() and int(key) == layer), {})
     if not isinstance(found, Mapping):
         raise BadInputError(f"{v.name}: per_layer_config[{layer}]={found!r} must be an object of fields")
-    names = {"head_dim": "head_dim", "num_key_value_heads": "num_kv_heads", "num_attention_heads": "num_heads"}
-    changes = {names[key]: value for key, value in found.items() if key in names}
+    ours = {"head_dim": "head_dim", "num_key_value_heads": "num_kv_heads", "num_attention_heads": "num_heads"}
+    changes = {ours[key]: value for key, value in found.items() if key in ours}
     if "head_dim" in changes:
         changes["v_head_dim"] = changes["head_dim"]
     return changes
@@ -77,7 +76,7 @@ def _full_layer(v: View, layer: int) -> dict[str, Any]:
         return _overrides(v, layer)
     width = v.size("global_head_dim", 512)
     changes: dict[str, Any] = {"head_dim": width, "v_head_dim": width}
-    if v.get("attention_k_eq_v") and v.get("num_global_key_value_heads") is not None:
+    if v.flag("attention_k_eq_v") and v.get("num_global_key_value_heads") is not None:
         changes["num_kv_heads"] = v.size("num_global_key_value_heads")
     return changes
 

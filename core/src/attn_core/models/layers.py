@@ -31,9 +31,8 @@ Kinds = tuple[tuple[str, ...], ...]
 
 def window(v: View) -> int | None:
     """Tokens of the sliding window, the token itself included; None where the config turns it off."""
-    use = v.get("use_sliding_window")
-    size = v.get("sliding_window")
-    return None if use is False or size is None else v.size("sliding_window")
+    use, size = v.flag("use_sliding_window", True), v.get("sliding_window")
+    return v.size("sliding_window") if use and size is not None else None
 
 
 def kinds(v: View) -> Kinds:
@@ -61,6 +60,15 @@ def kinds(v: View) -> Kinds:
     return (("sliding",),) * n
 
 
+def names(v: View, *allowed: str) -> list[str]:
+    """:func:`kinds` for a model whose layers are each of one of the ``allowed`` kinds."""
+    found = kinds(v)
+    odd = [i for i, kind in enumerate(found) if len(kind) != 1 or kind[0] not in allowed]
+    if odd:
+        raise _conflict(v, f"a layer {odd[0]} that is neither {' nor '.join(allowed)}")
+    return [kind[0] for kind in found]
+
+
 def _of_types(v: View, types: Any, n: int) -> Kinds:
     if not isinstance(types, Sequence) or isinstance(types, str) or len(types) != n:
         count = len(types) if isinstance(types, Sequence) and not isinstance(types, str) else repr(types)
@@ -72,7 +80,7 @@ def _of_types(v: View, types: Any, n: int) -> Kinds:
     v.get("full_attention_interval")  # what layer_types was made from
     found = tuple(KINDS[t] for t in types)
     if window(v) is None and any("sliding" in kind for kind in found):
-        if v.get("use_sliding_window") is not False:
+        if v.flag("use_sliding_window", True):
             raise _conflict(v, "layers of type sliding_attention, but no sliding_window")
         found = tuple(("full",) if kind == ("sliding",) else kind for kind in found)
     if v.get("attention_chunk_size") is None and any("chunked" in kind for kind in found):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from attn_core.errors import BadInputError
 from attn_core.models import dense
-from attn_core.models.layers import collect, kinds
+from attn_core.models.layers import collect, names
 from attn_core.models.view import View
 from attn_core.spec import check
 from attn_core.spec.model import AttentionSpec, Group
@@ -67,7 +67,7 @@ def _names(v: View) -> list[str]:
     pattern = v.get("hybrid_layer_pattern")
     if pattern is None:
         v.need("layer_types")
-        return [kind[0] for kind in kinds(v.but(attention_chunk_size=None))]
+        return names(v.but(attention_chunk_size=None), "full", "sliding")
     marks = v.indices("hybrid_layer_pattern")
     if len(marks) != v.layers or not set(marks) <= {0, 1}:
         raise BadInputError(f"{v.name}: hybrid_layer_pattern must hold 0 or 1 for each of {v.layers} layers: {pattern}")

@@ -29,8 +29,9 @@ FAMILIES = (
         "flex_olmo glm glm4 glm4_moe glm4v_text glm4v_moe_text gpt2 gpt_bigcode gpt_neox gptj granite granitemoe "
         "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 lfm2 "
         "lfm2_moe llama mellum mimo minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 "
-        "olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3 "
-        "qwen2_5_omni_text qwen3_moe qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma",
+        "olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text "
+        "qwen2_5_omni_text qwen3 qwen3_moe qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text seed_oss smollm3 "
+        "solar_open stablelm starcoder2 vaultgemma",
     ),
     Family(
         read=dense.read,  # with kv_lora_rank: mla.attention

@@ -45,7 +45,11 @@ def read(v: View) -> dict[str, Group]:
     positions = v.get("position_embedding_type")
     if isinstance(positions, str) and positions.lower() not in _PLAIN_POSITIONS:
         raise BadInputError(f"{v.name} is not known, and its position_embedding_type={positions!r} may bias attention")
-    if window(v) is not None and set(groups) == {"sliding"} and v.get("layer_types") is None:
+    if "sliding" in groups and not dense.causal(v):
+        raise BadInputError(
+            f"{v.name} is not known, and whether its two-sided sliding_window counts both sides is open"
+        )
+    if set(groups) == {"sliding"} and v.get("layer_types") is None:
         v.note(f"its sliding_window={window(v)} is taken to hold in every layer")
     if v.inherited("vision_config"):
         v.note("its image tokens are taken to be causal like text")
