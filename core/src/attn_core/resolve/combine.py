@@ -232,14 +232,17 @@ class GroupSpace:
 
     # combinations
 
-    def combinations(self, only: Mapping[str, str] | None = None) -> Iterator[Combination]:
-        """Feasible combinations, best first. ``only`` restricts roles to one backend name (``uniform``)."""
+    def combinations(self, only: Mapping[str, str] | None = None, *, few: bool = False) -> Iterator[Combination]:
+        """Feasible combinations, best first. ``only`` restricts roles to one backend name (``uniform``).
+
+        ``few``: not worth dropping dominated rows first, because only the first of them will be looked at.
+        """
         lists = []
         for role in self.roles:
             rows = self.candidates[role]
             if only and role in only:
                 rows = [c for c in rows if c.spec.backend == only[role]]
-            lists.append(self._undominated(role, rows))
+            lists.append(rows if few else self._undominated(role, rows))
         required = [r not in ACCOMPANYING for r in self.roles]
         masks = [self.masks[r] for r in self.roles]
         for key, picks in ordered(lists, required):
@@ -267,7 +270,7 @@ class GroupSpace:
         ``first`` stops at the very first, enough where nothing else depends on which assignment it is.
         """
         covered, out = 0, []
-        for combination in self.combinations(only):
+        for combination in self.combinations(only, few=first):
             new = combination.shared & within & ~covered
             if new:
                 out.append((new, combination))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from attn_core.catalog import Installed
 from attn_core.domain import ANY, Domain, OneOf
-from attn_core.spec import BackendSpec, Device, EngineOptions, Rejection
+from attn_core.spec import BackendSpec, Choice, Device, EngineOptions, Rejection
 from attn_core.spec.decision import RejectionCode
 from attn_core.spec.fields import FIELDS, RELEVANT, SHARED
 from attn_core.spec.model import Group
@@ -33,6 +33,7 @@ class Row:
 
     __slots__ = (
         "checks",
+        "choice",
         "index",
         "layouts",
         "memo",
@@ -71,6 +72,8 @@ class Row:
         """Cache layouts this row names."""
         self.memo: tuple[Any, ...] = (None, None, None, None, 0)
         """The last mask computed for this row, and what it was computed for."""
+        self.choice: tuple[Any, Choice | None] = (None, None)
+        """The last Choice made of this row, and what it was made for."""
 
 
 def _fast(name: str, d: Domain) -> Domain | frozenset[Any] | range:

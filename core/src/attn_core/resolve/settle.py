@@ -53,25 +53,30 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
 
 
 def _choice(c: Candidate, width: int | None) -> Choice:
-    """``width`` is the group's settled kernel width; writers take it, MLA rows keep their own."""
-    s = c.spec
-    kernel = width if s.role == "kv_write" else c.widths[0]
-    return Choice(
-        backend=s.backend,
-        plugin=s.plugin,
-        platform=s.platform,
-        tier=Tier(s.tier),
-        rank=s.rank,
-        form=s.form,
-        head_dim=kernel,
-        padded_from=None if c.native_width in (None, kernel) else c.native_width,
-        num_heads=c.num_heads,
-        unified=s.unified,
-        claims=frozenset(n for n in CLAIMS if s.claims(n)),
-        variants=dict(s.variants),
-        bind=s.bind,
-        evidence=s.evidence,
-    )
+    """``width`` is the group's settled kernel width; writers take it, MLA rows keep their own. Remembered on the row."""
+    row, kernel = c.row, width if c.spec.role == "kv_write" else c.widths[0]
+    key = (kernel, c.native_width, c.num_heads)
+    known, choice = row.choice
+    if choice is None or known != key:
+        s = row.spec
+        choice = Choice(
+            backend=s.backend,
+            plugin=s.plugin,
+            platform=s.platform,
+            tier=Tier(s.tier),
+            rank=s.rank,
+            form=s.form,
+            head_dim=kernel,
+            padded_from=None if c.native_width in (None, kernel) else c.native_width,
+            num_heads=c.num_heads,
+            unified=s.unified,
+            claims=frozenset(n for n in CLAIMS if s.claims(n)),
+            variants=dict(s.variants),
+            bind=s.bind,
+            evidence=s.evidence,
+        )
+        row.choice = key, choice
+    return choice
 
 
 def _settle_shared(
