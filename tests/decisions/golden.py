@@ -42,7 +42,8 @@ def brief(d: Decision) -> str:
         chosen = [c for role, c in g.choices.items() if role not in ACCOMPANYING]
         pads = "".join(f" {c.padded_from}->{c.head_dim}" for c in chosen[:1] if c.padded_from)
         layout = g.values.get("kv_layout", "")
-        parts.append(f"{name}: {'/'.join(c.backend for c in chosen)}{pads}{' ' + layout if layout not in ('', 'NHD') else ''}")
+        layout = "" if layout == "NHD" else f" {layout}".rstrip()
+        parts.append(f"{name}: {'/'.join(c.backend for c in chosen)}{pads}{layout}")
     values = [str(d.values[n]) for n in ("page_size", "kv_cache_dtype", "graph") if n in d.values]
     return f"{', '.join(parts)} | {' '.join(values)}"
 

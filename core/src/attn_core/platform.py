@@ -278,7 +278,8 @@ def find_device(text: str, platforms: Mapping[str, PlatformSpec]) -> Device:
         known = ", ".join(sorted(platforms))
         raise BadInputError(
             f"unknown device {text!r}: no installed plugin describes platform {platform!r}"
-            f"{nearest(platform, platforms)}; platforms: {known}. Install attn-plugin-{platform or 'NAME'} if it is a vendor's"
+            f"{nearest(platform, platforms)}; platforms: {known}. "
+            f"Install attn-plugin-{platform or 'NAME'} if it is a vendor's"
         )
     arch = spec.aliases.get(rest, rest)
     for d in spec.known:

@@ -28,7 +28,8 @@ main()
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     """The command in an environment where torch cannot be imported."""
-    return subprocess.run([sys.executable, "-c", BLOCKED, *args], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", BLOCKED, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_resolve_prints_one_object_of_the_documented_shape():
@@ -51,7 +52,8 @@ def test_resolve_prints_one_object_of_the_documented_shape():
     assert d["because"]["page_size"]
     sinks = [r for r in d["rejections"] if r["field"] == "sinks" and r["backend"] == "flashinfer"]
     assert {(r["code"], r["got"], tuple(r["allowed"])) for r in sinks} == {("feature", True, (False,))}
-    assert all({"code", "backend", "role", "group", "field", "got", "allowed", "plugin", "hint", "text"} <= set(r) for r in sinks)
+    keys = {"code", "backend", "role", "group", "field", "got", "allowed", "plugin", "hint", "text"}
+    assert all(keys <= set(r) for r in sinks)
     assert {p["name"] for p in d["plugins"]} >= {"core", "cuda"}
     assert Decision.from_json(out.stdout).digest == d["digest"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from world import CUDA, EVERYTHING, both, catalog, decide, row
+from world import CUDA, EVERYTHING, base, both, catalog, decide, row
 
 from attn_core import (
     ANY,
@@ -68,7 +68,8 @@ def test_a_better_kernel_that_cannot_share_is_named():
         *both("only16", tier="TUNED", accepts={"page_size": OneOf(16), "sliding_window": True}),
         *both("any", tier="TUNED", rank=9),
     ]
-    cat = Catalog({"cuda:sm_90": DeviceCatalog((*rows, *[r for r in catalog([]).devices["cuda:sm_90"].backends if r.role in ("kv_write", "allreduce_fusion")]))})  # fmt: skip
+    accompanying = [r for r in base() if r.role in ("kv_write", "allreduce_fusion")]
+    cat = Catalog({"cuda:sm_90": DeviceCatalog((*rows, *accompanying))})
     d = decide({"full": FULL, "sliding": SLIDING}, cat)
     assert d.values["page_size"] == 16
     (miss,) = {
@@ -106,28 +107,26 @@ def test_an_encoder_alone_has_no_cache_values():
 
 
 def test_target_and_draft_share_the_cache_values():
-    rows = [*both("p64", tier="BEST", accepts={"page_size": OneOf(64), "head_dim": OneOf(64)}),
-            *both("p128", tier="BEST", accepts={"page_size": OneOf(128), "head_dim": OneOf(128)}), *PORTABLE]  # fmt: skip
+    """Alone, each model would take the page its best kernel wants; together they find the one both can live with."""
+    rows = [
+        *both("p64", tier="BEST", accepts={"page_size": OneOf(64), "head_dim": OneOf(64)}),
+        *both("p128", tier="BEST", accepts={"page_size": OneOf(128), "head_dim": OneOf(128)}),
+        *PORTABLE,
+    ]
     draft = ModelSpec.of(num_heads=8, head_dim=128, dtype="bfloat16")
-    alone = decide(FULL, catalog(rows))
+    assert decide(FULL, catalog(rows)).values["page_size"] == 64
+    assert decide(draft, catalog(rows)).values["page_size"] == 128
     joined = decide(ModelSpec.of(FULL).with_draft(draft), catalog(rows))
-    assert alone.values["page_size"] == 64
-    assert {chosen(joined, g)[0] for g in ("full", "draft.full")} == {"triton", "p64"} or joined.values[
-        "page_size"
-    ] in (64, 128)
-    assert len({joined.values["page_size"]}) == 1
+    names = {group: chosen(joined, group)[0] for group in joined.groups}
+    assert names in ({"full": "p64", "draft.full": "triton"}, {"full": "triton", "draft.full": "p128"})
+    assert joined.values["page_size"] == (64 if names["full"] == "p64" else 128)
 
 
 def test_never_buy_a_superb_prefill_with_a_reference_decode():
-    rows = [row("superb", "prefill", tier="BEST", accepts={"page_size": OneOf(256)}), *PORTABLE]
-    rows = [r if r.backend != "triton" else type(r)(**{**_fields(r), "accepts": {**r.accepts, "page_size": MultipleOf(16, max=128)}}) for r in rows]  # fmt: skip
+    small_pages = both("triton", accepts={**EVERYTHING, "page_size": MultipleOf(16, max=128)}, plugin="core")
+    rows = [row("superb", "prefill", tier="BEST", accepts={"page_size": OneOf(256)}), *small_pages]
     d = decide(FULL, catalog(rows))
     assert chosen(d, "full")[:2] == ("triton", "triton")
-
-
-def _fields(r):
-    names = ("backend", "role", "platform", "tier", "rank", "plugin", "bind")
-    return {n: getattr(r, n) for n in names}
 
 
 def test_padding_takes_the_narrowest_width_and_keeps_the_models_scale():
@@ -162,21 +161,12 @@ def test_the_cache_is_as_wide_as_both_phases_can_read():
 def test_mla_forms_meet_on_the_latent_cache():
     mla = AttentionSpec(num_heads=16, head_dim=192, v_head_dim=128, dtype="bfloat16", kind="mla",
                         latent_dim=512, rope_dim=64, nope_dim=128)  # fmt: skip
-    common = {"kind": OneOf("mla"), "unequal_v": True, "kv_layout": OneOf("MLA")}
+    common = {"kind": OneOf("mla"), "unequal_v": True, "kv_layout": OneOf("MLA"), "head_dim": ANY}
+    latent = {**common, "head_dims": OneOf((576, 512)), "page_size": OneOf(64)}
     rows = [
         row("dense", "prefill", tier="BEST", form="materialised", accepts={**common, "head_dims": OneOf((192, 128))}),
-        row(
-            "flash",
-            "decode",
-            tier="BEST",
-            form="absorbed",
-            accepts={**common, "head_dim": ANY, "head_dims": OneOf((576, 512)), "page_size": OneOf(64)},
-        ),  # fmt: skip
-        row(
-            "writer",
-            "kv_write",
-            accepts={"kind": OneOf("mla"), "head_dim": ANY, "unequal_v": True, "kv_layout": OneOf("MLA")},
-        ),
+        row("flash", "decode", tier="BEST", form="absorbed", accepts=latent),
+        row("writer", "kv_write", accepts=common),
     ]
     d = decide(mla, catalog(rows))
     assert chosen(d, "full") == ("dense", "flash", "writer")
@@ -235,7 +225,8 @@ def test_roles_on_different_devices():
     amd = Device(platform="rocm", arch="gfx942", isa=frozenset({"mfma"}))
     rows_amd = [row("aiter", "decode", amd, tier="BEST", accepts={"page_size": OneOf(16, 32)})]
     cuda = catalog([*both("fa3", tier="BEST", accepts={"page_size": OneOf(64, 32)})]).devices["cuda:sm_90"]
-    both_devices = Catalog({"cuda:sm_90": cuda, "rocm:gfx942": DeviceCatalog((*rows_amd, *catalog([], device=amd).devices["rocm:gfx942"].backends))})  # fmt: skip
+    other = DeviceCatalog((*rows_amd, *base(amd)))
+    both_devices = Catalog({"cuda:sm_90": cuda, "rocm:gfx942": other})
     d = decide(FULL, both_devices, {"prefill": CUDA, "decode": amd})
     assert chosen(d, "full")[:2] == ("fa3", "aiter")
     assert d.values["page_size"] == 32

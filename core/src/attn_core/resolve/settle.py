@@ -53,7 +53,7 @@ def decision(problem: Problem, key: Key, chosen: Sequence[Combination], mask: in
 
 
 def _choice(c: Candidate, width: int | None) -> Choice:
-    """``width`` is the group's settled kernel width; writers take it, MLA rows keep their own. Remembered on the row."""
+    """``width`` is the group's settled kernel width: writers take it, MLA rows keep theirs. Remembered on the row."""
     row, kernel = c.row, width if c.spec.role == "kv_write" else c.widths[0]
     key = (kernel, c.native_width, c.num_heads)
     known, choice = row.choice
