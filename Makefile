@@ -5,16 +5,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-all lint types bench clean
+.PHONY: setup demo test test-all lint types docs bench clean
 
 setup: $(READY)
 
 # torch comes first: whatever depends on it then finds it installed and pulls no other build.
 $(READY): requirements-dev.txt core/pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "attn-core needs Python 3.10 to 3.13, found %d.%d; set PYTHON=..." % v)'
+	@echo "setting up $(VENV): PyTorch first, then everything else; a minute or more the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 demo: setup
@@ -31,7 +32,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/mypy core/src plugins/cuda/src plugins/musa/src plugins/rocm/src plugins/ascend/src plugins/intel/src
+	$(BIN)/mypy core/src plugins/cuda/src plugins/musa/src plugins/rocm/src plugins/ascend/src plugins/intel/src docs/print_reference.py
+
+docs: setup
+	$(BIN)/python docs/print_reference.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

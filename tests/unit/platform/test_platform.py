@@ -218,7 +218,7 @@ def test_decisions_of_equal_questions_are_equal_in_every_process():
     """Hash seeds change nothing: two processes print the same bytes."""
     script = (
         "from attn_core import simulate;"
-        "print(simulate('cpu:avx2').resolve(num_heads=8, num_kv_heads=2, head_dim=64, dtype='float16', sinks=True).dumps())"
+        "print(simulate('cpu:avx2').resolve(num_heads=8, head_dim=64, dtype='float16', sinks=True).dumps())"
     )
     outs = set()
     for seed in ("0", "1", "4242"):
