@@ -258,9 +258,9 @@ def doctor(as_json: bool) -> None:
 
 
 def _plugins_as_they_are() -> Plugins:
-    """All plugins, probed; what fails is reported here, not raised, strict or not."""
+    """All plugins, probed and asked; what fails is reported here, not raised, strict or not."""
     loaded = load_plugins(strict=False)
-    loaded.probe()
+    loaded.catalog(loaded.probe())
     return loaded
 
 

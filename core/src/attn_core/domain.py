@@ -123,6 +123,7 @@ class Domain:
 
 
 ANY = Domain()
+"""Every value."""
 
 
 def OneOf(*values: Value) -> Domain:  # noqa: N802 - reads as a type where declarations use it

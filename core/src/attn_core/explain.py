@@ -16,7 +16,8 @@ _MOST_LINES = 40
 def explain(decision: Decision, *, verbose: bool = False) -> str:
     """What was chosen, why, what was refused and how the plugins fared.
 
-    A backend with another row that serves is not listed as refused, unless ``verbose``: it is there.
+    A backend with another row that serves is not listed as refused (``verbose`` does it): it is there. A better one
+    that lost because it cannot be combined with the rest always is.
     """
     model = decision.model
     on = " + ".join(dict.fromkeys(_device(d) for d in decision.devices.values()))
@@ -41,7 +42,9 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for place, names in decision.eligible.items():
         group, role = place.rsplit(".", 1)
         served |= {(b, group, role) for b in names}
-    refusals = [r for r in decision.rejections if verbose or (r.backend, r.group, r.role) not in served]
+    refusals = [
+        r for r in decision.rejections if verbose or r.code == "conflict" or (r.backend, r.group, r.role) not in served
+    ]
     refused = grouped(refusals, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]

@@ -28,6 +28,7 @@ GROUP = f"{GROUP_PREFIX}{API_MAJOR}"
 
 hookspec = pluggy.HookspecMarker("attn_core")
 hookimpl = pluggy.HookimplMarker("attn_core")
+"""Marks a plugin's functions as hooks. Use it bare: no wrappers, no ordering."""
 
 
 @hookspec

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_core.backends.torch_native.one_tile import finish, mask_of, merged, one_tile
 from attn_core.backends.torch_native.setup import Setup
-from attn_core.backends.torch_native.sources import narrowed
+from attn_core.backends.torch_native.sources import COMPACT_FROM, narrowed
 from attn_core.backends.torch_native.steps import Sequence, Step, planner
 from attn_core.runtime.binding import Binding, Kernels
 from attn_core.runtime.cache import KVCache
@@ -121,6 +121,8 @@ def _tile_by_tile(s: Setup) -> Run:
                         lse[where] = float("-inf")
                     continue
                 q4 = q[where].view(n, a, lanes, r, -1).permute(1, 2, 0, 3, 4).reshape(a, lanes, n * r, -1)
+                if n >= COMPACT_FROM:
+                    q4 = step.scratch.take("queries", q.dtype, *q4.shape).copy_(q4)
                 o, sums = done(*attend(q4, kv, added(t, seq.row, bias), t.kind == "causal", cache), sinks)
                 out[where].view(n, a, lanes, r, -1).permute(1, 2, 0, 3, 4).copy_(o.view(a, lanes, n, r, -1))
                 if lse is not None:

@@ -188,16 +188,11 @@ class RaggedReader:
     def __init__(self, shape: Shape, given: torch.dtype, scratch: Scratch) -> None:
         self.shape, self.scratch = shape, scratch
         self.staged = tuple(given != shape.dtype or w != wide for w, wide in zip(shape.widths, shape.kernel_widths))
-        self.compact = torch.finfo(given).bits == 16
 
     def load(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> KV:
-        """Rows ``start:stop`` of k and v.
-
-        Long runs of half precision are copied head by head: attention reads them once per block of queries, and the
-        stride over all heads costs it more than the copy.
-        """
+        """Rows ``start:stop`` of k and v; long runs are copied to lie head by head."""
         s, out = self.shape, []
-        compact = self.compact and stop - start >= COMPACT_FROM
+        compact = stop - start >= COMPACT_FROM
         for i, (t, staged) in enumerate(zip(tensors, self.staged)):
             rows = t[start:stop].transpose(0, 1)
             if staged or compact:
@@ -216,4 +211,5 @@ def narrowed(kv: KV, k0: int, k1: int) -> KV:
 
 
 COMPACT_FROM = 512
-"""Keys from which compacting pays (2 cores with AVX-512: 3 % at 1k, 6 % at 4k, nothing below)."""
+"""Tokens from which it pays to copy q, k and v so that each head is contiguous: attention reads k and v once per block
+of queries, and the stride over all heads costs it more than the copy (AVX-512: 3 % at 1k, 6 % at 4k)."""

@@ -49,6 +49,7 @@ class Sequence:
 class Step:
     """The plan of one role: refilled every step, its buffers and strips stay."""
 
+    scratch: Scratch
     strips: Strips
     paged: PagedReader | None
     ragged: RaggedReader | None
@@ -87,6 +88,7 @@ def _new(s: Setup) -> Step:
     if s.paged and b.kv_layout is not None and b.page_size is not None and b.kv_dtype is not None:
         paged = PagedReader(b.kv_layout, b.page_size, b.kv_dtype, s.shape, scratch)
     return Step(
+        scratch=scratch,
         strips=Strips(s.rules, s.packed_heads, s.device, distances=s.slopes is not None),
         paged=paged,
         ragged=RaggedReader(s.shape, b.dtype, scratch) if s.ragged else None,

@@ -15,6 +15,11 @@ from torch import Tensor
 
 MAX_ROWS = 256
 """Queries per tile where a mask is needed: bounds masks, and the keys a window drags in for nothing."""
+SHORT, SHORT_ROWS = 512, 128
+"""Fewer queries per tile where they reach no further than this: what a tile's upper rows cannot see is wasted."""
+TRIANGLE_FROM = 1024
+"""Queries above which the kernel's own causality is faster than bands. It skips keys in blocks of 512 only, so short
+prompts lose up to half of the work to it; long ones lose little, and larger tiles run 8 % faster."""
 MAX_SCORES = 1 << 22
 """Mask elements, or scores written out, held at once: 16 MiB in float32."""
 
@@ -91,7 +96,7 @@ def rows_per_tile(kv_len: int, planes: int) -> int:
     Depends on the sequence alone, never on its neighbours: results do not change with the rest of the batch.
     """
     fits = max(1, MAX_SCORES // (planes * max(kv_len, 1)))
-    return min(MAX_ROWS, 1 << (fits.bit_length() - 1))
+    return min(SHORT_ROWS if kv_len <= SHORT else MAX_ROWS, 1 << (fits.bit_length() - 1))
 
 
 def tiles(
@@ -123,9 +128,9 @@ def tiles(
             while stop < n and _blind(rules, offset + stop, m):
                 stop += 1
             yield Tile(row, stop, 0, 0, "empty")
-        elif triangles and first == position:
+        elif triangles and first == position and limit - row > TRIANGLE_FROM:
             stop = limit
-            yield Tile(row, stop, first, offset + stop, "causal" if stop > row + 1 else "full")
+            yield Tile(row, stop, first, offset + stop, "causal")
         else:
             stop = min(limit, row + max_rows)
             if unbounded and not seq.spans and _same_keys(rules, position, offset + limit - 1, m):
