@@ -45,13 +45,17 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     refusals = [
         r for r in decision.rejections if verbose or r.code == "conflict" or (r.backend, r.group, r.role) not in served
     ]
-    refused = grouped(refusals, most=None if verbose else _MOST_LINES)
+    refused = grouped(shown, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]
     for p in decision.plugins:
         if verbose or p.status not in ("ok", "absent"):
             out.append(f"  plugin {p.name} {p.version}: {p.status}" + (f" ({p.error})" if p.error else ""))
     return "\n".join(out)
+
+
+def _place(r: Rejection) -> tuple[str, str, str]:
+    return (r.backend, r.group, r.role)
 
 
 def grouped(rejections: Iterable[Rejection], most: int | None = _MOST_LINES) -> list[str]:
