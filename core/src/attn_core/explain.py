@@ -42,9 +42,7 @@ def explain(decision: Decision, *, verbose: bool = False) -> str:
     for place, names in decision.eligible.items():
         group, role = place.rsplit(".", 1)
         served |= {(b, group, role) for b in names}
-    refusals = [
-        r for r in decision.rejections if verbose or r.code == "conflict" or (r.backend, r.group, r.role) not in served
-    ]
+    shown = (r for r in decision.rejections if verbose or r.code == "conflict" or _place(r) not in served)
     refused = grouped(shown, most=None if verbose else _MOST_LINES)
     if refused:
         out += ["  refused:", *(f"  {line}" for line in refused)]

@@ -12,6 +12,11 @@ _HERE = "attn_core.backends.flex_attention.kernel"
 _TORCH = Requirement("torch>=2.9", written_for="2.13.0", install="pip install 'torch>=2.9'")
 """2.9 brought AuxRequest, the way to ask for the log-sum-exp."""
 
+_PLATFORMS = frozenset({"cpu", "cuda", "rocm", "xpu"})
+"""torch's own list of device types, ``torch.nn.attention.flex_attention._validate_device`` in 2.13."""
+_NO_BFLOAT16 = frozenset({"sm_75"})
+"""Triton finds no dot product for these; what compiles there spills so much that a reference serves as well."""
+
 _ALWAYS: Mapping[str, Any] = {
     "dtype": OneOf("bfloat16", "float16", "float32"),
     "head_dim": OneOf(16, 32, 64, 128, 256),
@@ -36,7 +41,9 @@ _TABLE: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 
 
 def backends(device: Device) -> Iterator[BackendSpec]:
-    """The rows for one device."""
+    """The rows for one device; none where torch refuses the device or its Triton cannot do bfloat16 products."""
+    if device.platform not in _PLATFORMS or device.arch in _NO_BFLOAT16:
+        return
     on_cpu = device.platform == "cpu"
     for role, bind, claims in _TABLE:
         yield BackendSpec(

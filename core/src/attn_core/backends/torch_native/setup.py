@@ -31,7 +31,7 @@ class Setup:
         self.fused = HAS_FUSED and self.device.type == "cpu" and b.spec.logit_softcap is None
         """By torch's flash kernel; else scores are written out."""
         self.quantised = paged and b.kv_dtype is not None and b.kv_dtype.itemsize == 1
-        converts = paged and b.kv_dtype != b.dtype
+        converts = b.spec.sinks or (paged and b.kv_dtype != b.dtype)
         self.dtype = torch.float32 if converts or not self.fused else b.dtype
         """What the kernel computes in."""
         self.rules = Rules(causal=b.spec.causal, window=b.sliding_window, chunk=b.spec.attention_chunk)
