@@ -5,11 +5,23 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from harness import Result, cpu_time, ratios, result
 
-from attn_core import ANY, AttentionSpec, BackendSpec, Device, EngineOptions, ModelSpec, MultipleOf, OneOf, get_platform
+from attn_core import (
+    ANY,
+    AttentionSpec,
+    BackendSpec,
+    Device,
+    EngineOptions,
+    ModelSpec,
+    MultipleOf,
+    NoBackendError,
+    OneOf,
+    get_platform,
+)
 from attn_core.catalog import Catalog, DeviceCatalog, Installed
 from attn_core.resolve import Problem, resolve
 
@@ -80,6 +92,36 @@ def case(n: int, model: ModelSpec, *, live: float) -> tuple[list[float], int]:
     return [t * 1e6 for t in cpu_time(lambda: resolve(DEVICE, model, options, catalog, INSTALLED))], alive
 
 
+def refusing() -> Callable[[], object]:
+    """A question to which 4 roles x 8 rows all say no, each for several reasons, with five pins to try without."""
+    reasons: tuple[dict[str, Any], ...] = (
+        {"accepts": {"head_dim": [128]}}, {"accepts": {"dtype": ["float16"]}}, {"needs": {"tcgen05"}},
+        {"requires": ("vendor-kernels>=2",)}, {"accepts": {"page_size": [256], "group_size": [1]}},
+        {"accepts": {"kv_layout": ["PRIVATE"]}}, {"needs": {"mfma"}, "requires": ("aiter",)},
+        {"accepts": {"num_heads": [128], "graph": ["none"]}},
+    )  # fmt: skip
+    backends = [
+        BackendSpec(
+            backend=f"kernel{i}", role=role, platform="cuda", tier="BEST", **{k: v for k, v in r.items() if k != "accepts"},
+            accepts={"dtype": ["bfloat16"], "head_dim": [64], "sliding_window": True, **r.get("accepts", {})},
+        )
+        for role in ("prefill", "decode", "kv_write", "encode")
+        for i, r in enumerate(reasons)
+    ]  # fmt: skip
+    vision = AttentionSpec(num_heads=16, head_dim=72, dtype="bfloat16", attn_type="encoder_only")
+    model = ModelSpec(groups={"full": group(), "vision": vision})
+    options = EngineOptions(page_size=16, kv_layout="NHD", graph="full", deterministic=True, tensor_parallel=2)
+    catalog = Catalog({"cuda:sm_90": DeviceCatalog(tuple(backends))})
+
+    def refuse() -> object:
+        try:
+            return resolve(DEVICE, model, options, catalog, Installed())
+        except NoBackendError as e:
+            return e.text, len(e.rejections)
+
+    return refuse
+
+
 def resolving() -> Iterator[Result]:
     small, alive = case(60, ONE, live=0.5)
     yield result(f"resolve, 1 group, 60 rows ({alive} live)", small, "us CPU", limit=300)
@@ -87,6 +129,7 @@ def resolving() -> Iterator[Result]:
     yield result(f"resolve, 3 groups x 2 roles x 12 rows ({alive} live)", several, "us CPU", limit=5000)
     large, alive = case(600, ONE, live=0.5)
     yield result(f"resolve, 600 rows ({alive} live) / 60 rows", ratios(small, large), "x CPU", limit=12)
+    yield result("refuse 4 roles x 8 rows, 5 pins", [t * 1e3 for t in cpu_time(refusing())], "ms CPU", limit=50)
     get_platform()
     yield result("get_platform() after the first call", [t * 1e6 for t in cpu_time(get_platform)], "us CPU", limit=1)
 

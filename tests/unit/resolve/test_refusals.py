@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import pytest
 from test_decisions import FULL, PORTABLE, SLIDING
@@ -69,47 +69,32 @@ def test_a_constraint_that_forbids_every_combination_is_named():
     assert "k is no pair" in e.text
 
 
-def infeasible() -> Catalog:
-    """4 roles x 8 rows, none of which fits, each for several reasons."""
-    reasons = [
-        {"accepts": {"head_dim": OneOf(128)}},
-        {"accepts": {"dtype": OneOf("float16")}},
-        {"needs": {"tcgen05"}},
-        {"requires": ("vendor-kernels>=2",)},
-        {"accepts": {"page_size": OneOf(256), "group_size": OneOf(1)}},
-        {"accepts": {"kv_layout": OneOf("PRIVATE")}},
-        {"needs": {"mfma"}, "requires": ("aiter",)},
-        {"accepts": {"num_heads": OneOf(128), "graph": OneOf("none")}},
-    ]
-    rows = [
-        row(f"kernel{i}", role, tier="BEST", **{**r, "accepts": {"sliding_window": True, **r.get("accepts", {})}})
-        for role in ("prefill", "decode", "kv_write", "encode")
-        for i, r in enumerate(reasons)
-    ]
-    return Catalog({"cuda:sm_90": DeviceCatalog(tuple(rows))})
-
-
+REASONS: tuple[dict[str, Any], ...] = (
+    {"accepts": {"head_dim": OneOf(128)}},
+    {"accepts": {"dtype": OneOf("float16")}},
+    {"needs": {"tcgen05"}},
+    {"requires": ("vendor-kernels>=2",)},
+    {"accepts": {"page_size": OneOf(256), "group_size": OneOf(1)}},
+    {"accepts": {"kv_layout": OneOf("PRIVATE")}},
+    {"needs": {"mfma"}, "requires": ("aiter",)},
+    {"accepts": {"num_heads": OneOf(128), "graph": OneOf("none")}},
+)
 PINS = {"page_size": 16, "kv_layout": "NHD", "graph": "full", "deterministic": True, "tensor_parallel": 2}
 
 
-def test_a_large_infeasible_catalogue_answers_quickly_and_briefly():
-    model = {
-        "full": SINKS,
-        "vision": AttentionSpec(num_heads=16, head_dim=72, dtype="bfloat16", attn_type="encoder_only"),
-    }
-    cat = infeasible()
-    e = refuse(model, cat, installed=Installed(), **PINS)
-    lines = e.text.splitlines()
-    assert len(lines) < 60
+def test_a_large_infeasible_catalogue_is_refused_briefly():
+    """4 roles x 8 rows, none of which fits, several pins: every row has a reason, and the text fits a screen or two.
+    How fast is measured in benchmarks/."""
+    rows = [
+        row(f"kernel{i}", role, tier="BEST", **{**r, "accepts": {"sliding_window": True, **r.get("accepts", {})}})
+        for role in ("prefill", "decode", "kv_write", "encode")
+        for i, r in enumerate(REASONS)
+    ]
+    vision = AttentionSpec(num_heads=16, head_dim=72, dtype="bfloat16", attn_type="encoder_only")
+    cat = Catalog({"cuda:sm_90": DeviceCatalog(tuple(rows))})
+    e = refuse({"full": SINKS, "vision": vision}, cat, installed=Installed(), **PINS)
+    assert len(e.text.splitlines()) < 60
     assert len({(r.backend, r.role) for r in e.rejections}) == 32
-    best = min(_cpu(lambda: refuse(model, cat, installed=Installed(), **PINS)) for _ in range(5))
-    assert best < 0.05, f"{best * 1e3:.1f} ms of CPU"
-
-
-def _cpu(f) -> float:
-    start = time.process_time()
-    f()
-    return time.process_time() - start
 
 
 # reference_only ----------------------------------------------------------------------------------------------------
