@@ -64,7 +64,8 @@ def discover() -> tuple[Found, ...]:
 def _identity(dist: metadata.Distribution) -> tuple[str, str]:
     """Name and version; a plugin whose distribution lost its metadata is still a plugin."""
     try:
-        return str(dist.metadata["Name"] or _UNNAMED), str(dist.metadata["Version"] or "")
+        fields = dict(dist.metadata.items())
+        return fields.get("Name") or _UNNAMED, fields.get("Version") or ""
     except Exception:
         return _UNNAMED, ""
 
