@@ -64,8 +64,9 @@ def discover() -> tuple[Found, ...]:
 def _identity(dist: metadata.Distribution) -> tuple[str, str]:
     """Name and version; a plugin whose distribution lost its metadata is still a plugin."""
     try:
-        fields = dict(dist.metadata.items())
-        return fields.get("Name") or _UNNAMED, fields.get("Version") or ""
+        fields = dist.metadata
+        name, version = (fields[key] if key in fields else "" for key in ("Name", "Version"))
+        return str(name or _UNNAMED), str(version or "")
     except Exception:
         return _UNNAMED, ""
 
