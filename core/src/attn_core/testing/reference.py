@@ -60,7 +60,7 @@ def visible(
     if indices is not None:
         wanted = indices.cpu().long()
         chosen = torch.zeros(query_len, kv_len + 1, dtype=torch.bool)
-        chosen.scatter_(1, wanted.where(wanted >= 0, kv_len), True)
+        chosen.scatter_(1, wanted.where((wanted >= 0) & (wanted < kv_len), kv_len), True)
         seen = seen & chosen[:, :kv_len]
     return seen
 

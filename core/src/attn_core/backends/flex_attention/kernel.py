@@ -1,4 +1,8 @@
-"""Bind functions of flex_attention: per sequence, fetch k and v, then one call with the group's mask and scores."""
+"""Bind functions of flex_attention: per sequence, fetch k and v, then one call with the group's mask and scores.
+
+The compiler makes a new kernel for every kind of tensor it meets, and a view that starts inside its storage is another
+kind than one that starts where it does. So what goes in always starts at 0: q is copied, keys begin with a page.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +81,7 @@ class _Step:
 
 def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kernels:
     rules = Rules(causal=b.spec.causal, window=b.sliding_window, chunk=b.spec.attention_chunk)
-    cap, device = b.spec.logit_softcap, b.torch_device
+    cap, device, page = b.spec.logit_softcap, b.torch_device, (b.page_size if paged else None) or 1
     softcap = None if cap is None else torch.tensor([cap], device=device)
     slopes = None if b.alibi_slopes is None else torch.tensor(b.alibi_slopes, device=device)
     own_plan, compute, heads, width = attrgetter(b.role), _shape(b).dtype, b.num_heads, b.v_head_dim
@@ -87,7 +91,7 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
         step: _Step = new_step() if out is None else out
         queries, lens = batch.lengths.queries, batch.lengths.keys
         positions = [m - n if rules.causal else 0 for n, m in zip(queries, lens)]
-        starts = [max(0, min(rules.keys(p, m)[0], m - 1)) for p, m in zip(positions, lens)]
+        starts = [max(0, min(rules.keys(p, m)[0], m - 1)) // page * page for p, m in zip(positions, lens)]
         ends = [max(s, rules.keys(p + n - 1, m)[1]) for p, n, m, s in zip(positions, queries, lens, starts)]
         shifts = torch.tensor([positions, starts], dtype=torch.int32)
         shifts[0] -= shifts[1]
@@ -97,14 +101,14 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
         step.sequences = []
         token = key = 0
         for row, (n, m, p, k0, k1) in enumerate(zip(queries, lens, positions, starts, ends)):
-            mask = None
+            mask, shift = None, shift_of[row : row + 1].clone()
             if k1 > k0 and not rules.keys(p, m) == rules.keys(p + n - 1, m) == (k0, k1):
-                sees = mask_mod(rules, shift_of[row : row + 1], start_of[row : row + 1])
+                sees = mask_mod(rules, shift, start_of[row : row + 1].clone())
                 mask = block_mask(rules, p, n, k0, k1, sees, device)
             pages = None
             if step.paged is not None and batch.block_table is not None:
                 pages = step.paged.prepare(batch.block_table[row], k0, k1)
-            change = score_mod(softcap, slopes, shift_of[row : row + 1])
+            change = score_mod(softcap, slopes, shift)
             at = key if pages is None else 0
             step.sequences.append(_Sequence(token, token + n, at + k0, at + k1, pages, mask, change))
             token, key = token + n, key + m
@@ -127,7 +131,7 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
                     lse[where] = float("-inf")
                 continue
             kv = _fetched(step, seq, sources, k, v)
-            rows = q[where].to(compute).transpose(0, 1).unsqueeze(0)
+            rows = q[where].to(compute).transpose(0, 1).unsqueeze(0).clone(memory_format=torch.contiguous_format)
             given = (rows, kv[0].transpose(0, 1), kv[1].transpose(0, 1), seq.change, seq.mask)
             taken = sinks if has_sinks else None
             if lse is None and taken is None:
@@ -149,9 +153,10 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
 def _fetched(step: _Step, seq: _Sequence, sources: Any, k: Any, v: Any) -> KV:
     """The sequence's k and v, ``(kv heads, 1, keys, width)``."""
     if step.paged is None or seq.pages is None:
-        return step.ragged.load((k, v), seq.k0, seq.k1)
+        found = step.ragged.load((k, v), seq.k0, seq.k1)
+        return found[0].contiguous(), found[1].contiguous()
     step.paged.load(sources, seq.pages)
-    return narrowed(seq.pages.room.kv, seq.k0 - seq.pages.first, seq.k1 - seq.pages.first)
+    return narrowed(seq.pages.room.kv, 0, seq.k1 - seq.k0)
 
 
 def _attend(b: Binding) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -31,7 +31,7 @@ MaskOf = Callable[[Tile, int, "Tensor | None"], "Tensor | None"]
 def one_tile(s: Setup) -> OneTile:
     """The kernel with whatever adapts q and the output to it."""
     attend = (fused_checking_mask if s.b.spec.bias else fused) if s.fused else written_out(s.b.spec.logit_softcap)
-    scale, dtype, width, more = s.b.scale, s.dtype, s.b.v_head_dim, s.q_width - s.b.head_dim
+    scale, dtype, width, more, unit = s.b.scale, s.dtype, s.b.v_head_dim, s.q_width - s.b.head_dim, s.unit
     v_scale = attrgetter("k_scale_t" if s.absorbed else "v_scale_t")
 
     def as_given(q: Tensor, kv: KV, mask: Tensor | None, causal: bool, cache: Any) -> OL:
@@ -42,9 +42,9 @@ def one_tile(s: Setup) -> OneTile:
         return o[..., :width], lse
 
     def dequantised(q: Tensor, kv: KV, mask: Tensor | None, causal: bool, cache: Any) -> OL:
-        scaled = q.to(dtype) * cache.k_scale_t.view(-1, 1, 1, 1)
+        scaled = q.to(dtype) * (cache.k_scale_t * unit).view(-1, 1, 1, 1)
         o, lse = attend(pad(scaled, (0, more)), kv[0], kv[1], mask, causal, scale)
-        return o[..., :width] * v_scale(cache).view(-1, 1, 1, 1), lse
+        return o[..., :width] * (v_scale(cache) * unit).view(-1, 1, 1, 1), lse
 
     if s.quantised:
         return dequantised

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from attn_core.backends.torch_native.float8 import UNIT
 from attn_core.backends.torch_native.scores import HAS_FUSED
 from attn_core.backends.torch_native.sources import Shape
 from attn_core.backends.torch_native.tiles import Rules
@@ -31,9 +32,11 @@ class Setup:
         self.fused = HAS_FUSED and self.device.type == "cpu" and b.spec.logit_softcap is None
         """By torch's flash kernel; else scores are written out."""
         self.quantised = paged and b.kv_dtype is not None and b.kv_dtype.itemsize == 1
+        self.unit = UNIT.get(b.kv_dtype, 1.0) if b.kv_dtype is not None and self.device.type == "cpu" else 1.0
+        """What k and v of an 8-bit cache come short of, see float8.py."""
         converts = b.spec.sinks or (paged and b.kv_dtype != b.dtype)
         self.dtype = torch.float32 if converts or not self.fused else b.dtype
-        """What the kernel computes in."""
+        """What the kernel computes in. With sinks float32: they scale its output, which must not be rounded twice."""
         self.rules = Rules(causal=b.spec.causal, window=b.sliding_window, chunk=b.spec.attention_chunk)
         self.slopes = None if b.alibi_slopes is None else torch.tensor(b.alibi_slopes, device=self.device)
         self.planes = self.heads if b.spec.bias or self.slopes is not None or not self.fused else 1

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_core.backends.torch_native.float8 import UNIT, unpack
 from attn_core.runtime.cache import KVCache
 
 _gather = torch.ops.aten.index_select.out
 """As an operator: the Python function parses its arguments for longer than a short gather takes."""
 
-BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
+BYTE_FLOATS = tuple(UNIT)
 """Dtypes that indexing does not know on every device; they move as bytes."""
 
 
@@ -83,6 +84,8 @@ class Room:
 
     landing: tuple[Tensor, ...]
     """For each tensor of the cache, where the gather puts it: the storage dtype, in the layout's order."""
+    unpacked: tuple[tuple[Tensor, Tensor], ...]
+    """8-bit floats on a CPU: ``(bytes, int16)`` pairs, the second to be filled from the first."""
     staged: tuple[tuple[Tensor, Tensor], ...]
     """Copies ``(to, from)`` that change the dtype or widen the row."""
     kv: KV
@@ -107,6 +110,7 @@ class PagedReader:
         self.layout, self.page_size, self.storage, self.shape, self.scratch = layout, page_size, storage, shape, scratch
         self.hnd = layout == "HND"
         self.moves_as = torch.uint8 if storage in BYTE_FLOATS else storage
+        self.unpacks = storage in UNIT and scratch.device.type == "cpu"
         self.staging = storage != shape.dtype or shape.wider
         self.reserved = 0
         self.rooms: dict[int, Room] = {}
@@ -124,15 +128,17 @@ class PagedReader:
         if count in self.rooms:
             return self.rooms[count]
         p, s = self.page_size, self.shape
-        landing, rows = [], []
+        landing, unpacked, rows = [], [], []
         for i, width in enumerate(s.widths):
-            if self.hnd:
-                land = self.scratch.take(f"pages{i}", self.storage, s.heads * count, p, width)
-                rows.append(land.view(s.heads, count * p, width))
-            else:
-                land = self.scratch.take(f"pages{i}", self.storage, count, p, s.heads, width)
-                rows.append(land.view(count * p, s.heads, width).transpose(0, 1))
+            shape = (s.heads * count, p, width) if self.hnd else (count, p, s.heads, width)
+            values = land = self.scratch.take(f"pages{i}", self.storage, *shape)
             landing.append(land.view(self.moves_as))
+            if self.unpacks:
+                half = self.scratch.take(f"half{i}", torch.int16, *shape)
+                unpacked.append((land.view(torch.int8), half))
+                values = half.view(torch.float16)
+            by_head = values.view(s.heads, count * p, width) if self.hnd else values.flatten(0, 1).transpose(0, 1)
+            rows.append(by_head)
         keys, staged = tuple(rows), []
         if self.staging:
             keys = tuple(
@@ -140,7 +146,7 @@ class PagedReader:
             )
             for i, (row, at) in enumerate(zip(rows, s.offsets())):
                 staged.append((keys[0 if s.joined else i][..., at : at + row.shape[-1]], row))
-        self.rooms[count] = room = Room(tuple(landing), tuple(staged), s.arranged(keys))
+        self.rooms[count] = room = Room(tuple(landing), tuple(unpacked), tuple(staged), s.arranged(keys))
         return room
 
     def prepare(self, table_row: Tensor, first: int, end: int) -> Pages:
@@ -178,6 +184,8 @@ class PagedReader:
             if step != heads:
                 index = index // heads * step + index % heads
             _gather(source, 0, index, out=landing)
+        for stored, half in room.unpacked:
+            unpack(stored, self.storage, half)
         for to, of in room.staged:
             to.copy_(of)
 
