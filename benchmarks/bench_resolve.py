@@ -102,7 +102,8 @@ def refusing() -> Callable[[], object]:
     )  # fmt: skip
     backends = [
         BackendSpec(
-            backend=f"kernel{i}", role=role, platform="cuda", tier="BEST", **{k: v for k, v in r.items() if k != "accepts"},
+            backend=f"kernel{i}", role=role, platform="cuda", tier="BEST",
+            **{k: v for k, v in r.items() if k != "accepts"},
             accepts={"dtype": ["bfloat16"], "head_dim": [64], "sliding_window": True, **r.get("accepts", {})},
         )
         for role in ("prefill", "decode", "kv_write", "encode")

@@ -65,7 +65,7 @@ def _identity(dist: metadata.Distribution) -> tuple[str, str]:
     """Name and version; a plugin whose distribution lost its metadata is still a plugin."""
     try:
         fields = dist.metadata
-        name, version = (fields[key] if key in fields else "" for key in ("Name", "Version"))
+        name, version = (fields[key] if key in fields else "" for key in ("Name", "Version"))  # noqa: SIM401 - .get is not in its protocol
         return str(name or _UNNAMED), str(version or "")
     except Exception:
         return _UNNAMED, ""
