@@ -106,16 +106,6 @@ def test_long_contexts_are_read_in_parts(feature, monkeypatch):
     s.check()
 
 
-@pytest.mark.parametrize("threads", [1, 3, 4])
-@pytest.mark.parametrize("width", [1, 3])
-def test_packed_heads_share_the_threads(threads, width, monkeypatch):
-    """MQA with many heads: lanes, so that no thread idles."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    group = bind(spec(num_heads=12, num_kv_heads=1, sinks=True), lse=True, page_size=4, verify_width=width)
-    s = step(group, Lengths((width, width, 9), (30, 5, 17)), decode_width=width)
-    s.check()
-
-
 def test_a_bias_may_be_shared_and_may_hide_all_keys():
     group = bind(spec(bias=True, num_kv_heads=3), lse=True, page_size=4)
     s = step(group)

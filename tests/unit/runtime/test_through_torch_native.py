@@ -17,8 +17,8 @@ from attn_core.runtime import BoundGroup
 NATIVE_PICKS: dict[str, Any] = {
     role: Pick(backend="torch_native", bind=f"attn_core.backends.torch_native.{bind}", claims=NATIVE)
     for role, bind in {
-        "prefill": "dense:bind_prefill",
-        "decode": "dense:bind_decode",
+        "prefill": "prefill:bind",
+        "decode": "decode:bind",
         "kv_write": "kv_write:bind",
     }.items()
 }

@@ -53,7 +53,7 @@ def _shape(b: Binding) -> Shape:
     widths = (b.head_dim, b.v_head_dim)
     dtype = torch.float32 if b.torch_device.type == "cpu" else b.dtype
     return Shape(
-        heads=b.num_kv_heads, widths=widths, joined=False, kernel_widths=widths, v_width=b.v_head_dim, lanes=1,
+        heads=b.num_kv_heads, widths=widths, joined=False, kernel_widths=widths, v_width=b.v_head_dim, lanes=0,
         dtype=dtype,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
                 continue
             kv = _fetched(step, seq, sources, k, v)
             rows = q[where].to(compute).transpose(0, 1).unsqueeze(0).clone(memory_format=torch.contiguous_format)
-            given = (rows, kv[0].transpose(0, 1), kv[1].transpose(0, 1), seq.change, seq.mask)
+            given = (rows, *kv, seq.change, seq.mask)
             taken = sinks if has_sinks else None
             if lse is None and taken is None:
                 out[where] = attend(*given)[0].transpose(0, 1)
@@ -151,7 +151,7 @@ def _kernels(b: Binding, new_step: Callable[[], _Step], *, paged: bool) -> Kerne
 
 
 def _fetched(step: _Step, seq: _Sequence, sources: Any, k: Any, v: Any) -> KV:
-    """The sequence's k and v, ``(kv heads, 1, keys, width)``."""
+    """The sequence's k and v, ``(1, kv heads, keys, width)``."""
     if step.paged is None or seq.pages is None:
         found = step.ragged.load((k, v), seq.k0, seq.k1)
         return found[0].contiguous(), found[1].contiguous()

@@ -1,4 +1,4 @@
-"""One tile from q as given to the output as wanted: dtype, widths, cache scales; and what joins tiles: sinks, merging.
+"""One tile from q as given to the output as wanted: dtypes, widths, cache scales, masks; then joining, and sinks.
 
 Chosen at bind, so that a plain group runs the bare kernel.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attn_core.backends.torch_native.scores import TINY, fused, fused_checking_mask, written_out
+from attn_core.backends.torch_native.scores import Attend, fused, fused_checking_mask, written_out
 from attn_core.backends.torch_native.setup import Setup
 from attn_core.backends.torch_native.sources import KV
 from attn_core.backends.torch_native.tiles import Tile
@@ -21,18 +21,16 @@ from attn_core.backends.torch_native.tiles import Tile
 OL = tuple[Tensor, Tensor]
 """Output ``(A, B, rows, width)`` and log-sum-exp ``(A, B, rows)``."""
 OneTile = Callable[[Tensor, KV, "Tensor | None", bool, Any], OL]
-"""``(q, (k, v), mask, causal, kv_cache)``, tensors ``(A, B, rows or keys, width)``."""
-Finish = Callable[[Tensor, Tensor, Any], OL]
-"""``(output, lse, sinks)``, once per row of queries."""
+"""``(q, (k, v), mask, causal, kv_cache)``; q ``(A, B, rows, width)`` as Setup lays it out."""
 MaskOf = Callable[[Tile, int, "Tensor | None"], "Tensor | None"]
 """``(tile, sequence, bias)``: what is added to the tile's scores."""
 
 
-def one_tile(s: Setup) -> OneTile:
-    """The kernel with whatever adapts q and the output to it."""
-    attend = (fused_checking_mask if s.b.spec.bias else fused) if s.fused else written_out(s.b.spec.logit_softcap)
+def one_tile(s: Setup, *, blind_rows: bool = False) -> OneTile:
+    """The kernel with what adapts q and the output to it. ``blind_rows``: a mask may hide all keys of a row."""
+    attend = _kernel(s, blind_rows or s.b.spec.bias)
     scale, dtype, width, more, unit = s.b.scale, s.dtype, s.b.v_head_dim, s.q_width - s.b.head_dim, s.unit
-    v_scale = attrgetter("k_scale_t" if s.absorbed else "v_scale_t")
+    by_head, v_scale = s.per_kv_head, attrgetter("k_scale_t" if s.absorbed else "v_scale_t")
 
     def as_given(q: Tensor, kv: KV, mask: Tensor | None, causal: bool, cache: Any) -> OL:
         return attend(q, kv[0], kv[1], mask, causal, scale)
@@ -42,41 +40,52 @@ def one_tile(s: Setup) -> OneTile:
         return o[..., :width], lse
 
     def dequantised(q: Tensor, kv: KV, mask: Tensor | None, causal: bool, cache: Any) -> OL:
-        scaled = q.to(dtype) * (cache.k_scale_t * unit).view(-1, 1, 1, 1)
+        scaled = q.to(dtype) * (cache.k_scale_t * unit).view(by_head)
         o, lse = attend(pad(scaled, (0, more)), kv[0], kv[1], mask, causal, scale)
-        return o[..., :width] * (v_scale(cache) * unit).view(-1, 1, 1, 1), lse
+        return o[..., :width] * (v_scale(cache) * unit).view(by_head), lse
 
     if s.quantised:
         return dequantised
     return as_given if dtype == s.b.dtype and s.q_width == s.b.head_dim == width else adapted
 
 
-def finish(s: Setup) -> Finish:
-    """Sinks: one more logit whose value is zero takes sigmoid(sink - lse) of every row's weight."""
-    a, lanes, r = s.heads_kv, s.lanes, s.packed_heads
+def _kernel(s: Setup, blind_rows: bool) -> Attend:
+    if s.fused:
+        return fused_checking_mask if blind_rows else fused
+    written = written_out(s.b.spec.logit_softcap)
+    if not s.packed:
+        return written
 
-    def nothing(o: Tensor, lse: Tensor, sinks: Any) -> OL:
-        return o, lse
+    def heads_first(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        mask = None if mask is None else mask.transpose(0, 1)
+        o, lse = written(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, causal, scale)
+        return o.transpose(0, 1), lse.transpose(0, 1)
 
-    def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor | None) -> OL:
-        if sinks is None:
-            return o, lse
-        by_head, rows = sinks.view(a, lanes, 1, r), lse.view(a, lanes, -1, r)
-        kept = torch.sigmoid(rows - by_head)
-        o = (o.view(a, lanes, -1, r, o.shape[-1]) * kept.unsqueeze(-1)).view(o.shape)
-        return o, torch.where(rows == float("-inf"), rows, torch.logaddexp(rows, by_head)).view(lse.shape)
-
-    return with_sinks if s.b.spec.sinks else nothing
+    return heads_first
 
 
-def merged(parts: list[OL]) -> OL:
-    """Attention of the same queries over disjoint stretches of keys, joined in float32."""
-    sums = torch.stack([lse for _, lse in parts])
-    top = sums.amax(0)
-    weights = torch.exp(sums - top.masked_fill(top == float("-inf"), 0.0))
-    total = weights.sum(0)
-    o = (torch.stack([o for o, _ in parts]) * weights.unsqueeze(-1)).sum(0)
-    return o / total.clamp_min(TINY).unsqueeze(-1), top + total.log()
+def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> OL:
+    """A sink is one more logit whose value is zero: it takes sigmoid(sink - lse) of the row's weight.
+
+    ``sinks`` broadcasts to ``lse``, ``o`` has one axis more. Rows without keys stay as they are.
+    """
+    o = o * torch.sigmoid(lse - sinks).unsqueeze(-1)
+    return o, torch.where(lse == float("-inf"), lse, torch.logaddexp(lse, sinks))
+
+
+def joined(o: Tensor, lse: Tensor, *, blind: bool, lse_wanted: bool) -> OL:
+    """Attention over disjoint keys as one, in float32: ``o`` ``(rows, pieces, ..., width)``, ``lse`` without the width.
+
+    ``blind``: some rows may see nothing at all. Without ``lse_wanted`` the second result means nothing.
+    """
+    if o.shape[1] == 1:
+        return o[:, 0], lse[:, 0]
+    weights = torch.softmax(lse, 1).unsqueeze(-1)
+    if blind:
+        weights = weights.nan_to_num_(0.0)
+    return (o * weights).sum(1), torch.logsumexp(lse, 1) if lse_wanted else lse
 
 
 def mask_of(s: Setup) -> MaskOf:
@@ -105,13 +114,13 @@ def mask_of(s: Setup) -> MaskOf:
 
 
 def _alibi(s: Setup, slopes: Tensor) -> MaskOf:
-    by_head = slopes.view(s.heads_kv, s.lanes, 1, s.packed_heads)
+    by_head = slopes.view(*s.axes, 1, s.packed_heads)
 
     def alibi(t: Tile, row: int, bias: Tensor | None) -> Tensor | None:
         if t.distance is None:
             return None
         n = t.q1 - t.q0
-        return by_head.expand(-1, -1, n, -1).reshape(s.heads_kv, s.lanes, n * s.packed_heads, 1) * t.distance
+        return by_head.expand(-1, -1, n, -1).reshape(*s.axes, n * s.packed_heads, 1) * t.distance
 
     return alibi
 
@@ -126,7 +135,6 @@ def _bias(s: Setup) -> MaskOf:
         n, keys, r = t.q1 - t.q0, t.k1 - t.k0, s.packed_heads
         if part.shape[0] == 1:
             return part.repeat_interleave(r, 1).unsqueeze(0)
-        grouped = part.view(s.heads_kv, s.lanes, r, n, keys).transpose(2, 3)
-        return grouped.reshape(s.heads_kv, s.lanes, n * r, keys)
+        return part.view(*s.axes, r, n, keys).transpose(2, 3).reshape(*s.axes, n * r, keys)
 
     return part_of_bias

@@ -42,14 +42,14 @@ _ENCODER = {**_SCORES, **_POSITIONS, "attn_type": "encoder_only", "unequal_v": T
 
 _TABLE: tuple[tuple[str, str | None, str, Mapping[str, Any], int], ...] = (
     # role, form, bind, claims, rank
-    ("prefill", None, "dense:bind_prefill", _DECODER, 0),
-    ("decode", None, "dense:bind_decode", {**_DECODER, **_VERIFY}, 0),
-    ("prefill", None, "dense:bind_prefill", _CROSS, 0),
-    ("decode", None, "dense:bind_decode", {**_CROSS, "verify_width": ANY}, 0),
-    ("prefill", "absorbed", "dense:bind_prefill", _ABSORBED, 0),
-    ("decode", "absorbed", "dense:bind_decode", {**_ABSORBED, **_VERIFY}, 0),
-    ("prefill", "materialised", "dense:bind_prefill", _MATERIALISED, 1),
-    ("encode", None, "dense:bind_encode", _ENCODER, 0),
+    ("prefill", None, "prefill:bind", _DECODER, 0),
+    ("decode", None, "decode:bind", {**_DECODER, **_VERIFY}, 0),
+    ("prefill", None, "prefill:bind", _CROSS, 0),
+    ("decode", None, "decode:bind", {**_CROSS, "verify_width": ANY}, 0),
+    ("prefill", "absorbed", "prefill:bind", _ABSORBED, 0),
+    ("decode", "absorbed", "decode:bind", {**_ABSORBED, **_VERIFY}, 0),
+    ("prefill", "materialised", "prefill:bind", _MATERIALISED, 1),
+    ("encode", None, "prefill:bind_encode", _ENCODER, 0),
     ("prefill", None, "sparse:bind", {**_HEADS, **_SPARSE}, 0),
     ("decode", None, "sparse:bind", {**_HEADS, **_SPARSE, "verify_width": ANY}, 0),
     ("prefill", "absorbed", "sparse:bind", {**_LATENT, **_SPARSE}, 0),

@@ -1,8 +1,9 @@
 """Everything the dense kernels know when they are bound: sizes, dtypes, rules, and how heads are laid out.
 
-Query heads are laid out as ``(A kv heads, B lanes, queries x R, width)`` with ``B * R`` heads per kv head. Lanes share
-k and v through a stride-0 axis; the R heads of a lane are packed into the queries. Decode packs as many as it can, so
-that one pass over k and v serves them all; prefill packs none: it has rows enough, and needs no copy of q.
+Query heads come in two layouts. Prefill has rows enough: ``(kv heads, heads of a group, queries, width)``, where k and
+v serve their group through a stride-0 axis and nothing is copied. Decode has few, so a group is packed into the queries
+and one pass over k and v serves it: ``(1, kv heads, queries x heads of a group, width)``; the first axis is for
+stretches of keys (splits.py).
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class Setup:
         """Keys are the new tokens alone; the core adds cached context chunk by chunk."""
         self.heads_kv, self.heads, self.device = b.num_kv_heads, b.num_heads, b.torch_device
         group = self.heads // self.heads_kv
-        self.lanes = _lanes(self.heads_kv, group) if packed else group
-        self.packed_heads = group // self.lanes
+        self.axes, self.packed_heads = ((1, self.heads_kv), group) if packed else ((self.heads_kv, group), 1)
+        """Leading axes of q, and how many heads follow each query in the rows."""
+        self.per_kv_head = (1, -1, 1, 1) if packed else (-1, 1, 1, 1)
+        """Shape of one number per key/value head, to go with q."""
         self.fused = HAS_FUSED and self.device.type == "cpu" and b.spec.logit_softcap is None
         """By torch's flash kernel; else scores are written out."""
         self.quantised = paged and b.kv_dtype is not None and b.kv_dtype.itemsize == 1
@@ -46,15 +49,24 @@ class Setup:
         self.q_width = max(b.head_dim, b.v_head_dim) if self.fused else b.head_dim
         """The flash kernel knows one width: the narrower of k and v is filled up with zeros."""
         self.shape = self._shape()
+        self.stretches = self._stretches() if packed and self.fused else 1
+        """How many stretches decode cuts its keys into at most."""
+
+    def _stretches(self) -> int:
+        """One per thread where threads gather by keys; where they gather or copy by heads, enough to employ them."""
+        threads = torch.get_num_threads()
+        copied = self.dtype != self.b.kv_dtype or self.shape.wider
+        by_heads = self.heads_kv > 1 and (copied or self.b.kv_layout == "HND")
+        return -(-threads // self.heads_kv) if by_heads else threads
 
     def _shape(self) -> Shape:
-        b, wide = self.b, self.q_width
+        b, wide, lanes = self.b, self.q_width, 0 if self.packed else self.axes[1]
         if not self.absorbed:
             own = (b.head_dim, b.v_head_dim)
             kernel = (wide, wide) if self.fused else own
             return Shape(
-                heads=self.heads_kv, widths=own, joined=False, kernel_widths=kernel, v_width=kernel[1],
-                lanes=self.lanes, dtype=self.dtype,
+                heads=self.heads_kv, widths=own, joined=False, kernel_widths=kernel, v_width=kernel[1], lanes=lanes,
+                dtype=self.dtype,
             )  # fmt: skip
         split = b.kv_layout == "MLA_SPLIT"
         return Shape(
@@ -63,16 +75,6 @@ class Setup:
             joined=True,
             kernel_widths=(b.head_dim,),
             v_width=b.head_dim if self.fused else b.v_head_dim,  # the flash kernel's surplus is cut off the output
-            lanes=self.lanes,
+            lanes=lanes,
             dtype=self.dtype,
         )
-
-
-def _lanes(heads_kv: int, group: int) -> int:
-    """Lanes for packed heads: one, or as many as it takes to give every thread work, with at least 4 heads in each."""
-    threads = torch.get_num_threads()
-    lanes = 1
-    for d in range(2, group // 4 + 1):
-        if group % d == 0 and heads_kv * lanes < threads:
-            lanes = d
-    return lanes

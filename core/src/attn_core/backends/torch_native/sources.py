@@ -1,6 +1,6 @@
 """Where a sequence's keys and values come from: pages of the cache, or the new tokens of the step as they are.
 
-Both end as views ``(heads, lanes, keys, width)`` in the dtype the kernel computes in. Pages are gathered into buffers
+Both end as four-dimensional views (:data:`KV`) in the dtype the kernel computes in. Pages are gathered into buffers
 that the plan keeps: fresh temporaries of this size cost more in page faults than the attention itself.
 """
 
@@ -23,7 +23,7 @@ BYTE_FLOATS = tuple(UNIT)
 
 
 KV = tuple[Tensor, Tensor]
-"""k and v as the kernel takes them, ``(heads, lanes, keys, width)``."""
+"""k and v as the kernel takes them, ``(heads, lanes, keys, width)`` or ``(1, heads, keys, width)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Shape:
     v_width: int
     """Columns of v that the kernel reads."""
     lanes: int
-    """How often k and v are repeated, by a stride-0 axis, for the query heads that share them."""
+    """How often k and v are repeated, by a stride-0 axis, for the query heads that share them; 0: heads come second."""
     dtype: torch.dtype
     """What the kernel computes in."""
 
@@ -59,6 +59,8 @@ class Shape:
         v in its first ``v_width`` columns."""
         lanes = (-1, self.lanes, -1, -1)
         k, v = keys[0], keys[-1][..., : self.v_width]
+        if not self.lanes:
+            return k.unsqueeze(0), v.unsqueeze(0)
         return k.unsqueeze(1).expand(lanes), v.unsqueeze(1).expand(lanes)
 
 

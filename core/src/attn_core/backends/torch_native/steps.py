@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attn_core.backends.torch_native.setup import Setup
 from attn_core.backends.torch_native.sources import KV, PagedReader, Pages, RaggedReader, Scratch, narrowed
+from attn_core.backends.torch_native.splits import Cut, cut
 from attn_core.backends.torch_native.tiles import MAX_ROWS, Seq, Strips, Tile, rows_per_tile, tiles
 from attn_core.runtime.batch import Batch
 from attn_core.runtime.plan import Capture
 
-PART_BYTES = 4 << 20
-"""k and v that decode gathers at a time. Longer contexts are read in parts of about this size and merged: the buffer
-stays in cache (4k tokens at batch 1 take 1.5 times as long in one piece) and never grows with the context."""
+PART_BYTES = 8 << 20
+"""k and v that decode gathers at a time. Longer contexts are read in parts of about this size and joined: the buffer
+stays in cache and never grows with the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A tile with what it reads."""
+
+    tile: Tile
+    kv: KV
+    cut: Cut | None = None
+    """Decode only: ``kv`` holds stretches of keys along its first axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One gather, and the tiles it feeds with what they read of it."""
+    """One gather, and the tiles it feeds."""
 
     pages: Pages
-    tiles: list[tuple[Tile, KV]]
+    feeds: list[Feed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,17 @@ class Sequence:
     """None needed where all is ragged. Several: parts of one query's keys, to be merged."""
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Rows of a step whose result comes in ``count`` pieces, over disjoint keys."""
+
+    count: int
+    rows: Tensor | None
+    """int64 ``(rows,)``; None: all rows of the step."""
+    results: Tensor | None
+    """int64 ``(rows * count,)``: which of all results in the order they were made."""
+
+
 @dataclass(slots=True)
 class Step:
     """The plan of one role: refilled every step, its buffers and strips stay."""
@@ -55,7 +78,9 @@ class Step:
     ragged: RaggedReader | None
     sequences: list[Sequence] = field(default_factory=list)
     one_by_one: bool = False
-    """Every row is one query over pages: the loop without slicing serves."""
+    """Decode only: every row is one query."""
+    joins: list[Joining] = field(default_factory=list)
+    """How the results of such rows are joined, all at once."""
 
 
 def planner(s: Setup) -> Callable[..., Step]:
@@ -78,6 +103,8 @@ def planner(s: Setup) -> Callable[..., Step]:
         for row, (n, m) in enumerate(zip(queries, keys)):
             step.sequences.append(_sequence(s, step, batch, row, (token, key, n, m), part))
             token, key = token + n, key + (n if s.paged else m)
+        if step.one_by_one:
+            step.joins = _joins(step.sequences, s.device)
         return step
 
     return plan
@@ -110,15 +137,14 @@ def _sequence(s: Setup, step: Step, batch: Batch, row: int, where: tuple[int, in
     window = s.rules.window
     reach = m if window is None else min(m, (1 if s.rules.causal else 2) * window + MAX_ROWS)
     max_rows = rows_per_tile(reach, s.planes)
-    cut = tiles(seq, s.rules, max_rows, unbounded=s.unbounded, triangles=s.triangles, device=s.device)
-    groups = [list(cut)]
+    groups = [list(tiles(seq, s.rules, max_rows, unbounded=s.unbounded, triangles=s.triangles, device=s.device))]
     if part:
         groups = [[t] for t in _parts(groups[0][0], part)]
     found = [t for group in groups for t in group]
     step.strips.fill(found, max_rows)
     fetches = []
     if step.paged is not None and batch.block_table is not None:
-        fetches = [_fetch(step.paged, batch.block_table[row], group) for group in groups]
+        fetches = [_fetch(s, step.paged, batch.block_table[row], group) for group in groups]
     return Sequence(row, token, key, m, s.ragged and (n == m or not s.paged), found, fetches)
 
 
@@ -132,7 +158,28 @@ def _parts(tile: Tile, part: int) -> list[Tile]:
     return [Tile(tile.q0, tile.q1, a, e, "full", tile.shift + tile.k0 - a) for a, e in pairwise(edges)]
 
 
-def _fetch(reader: PagedReader, table_row: Tensor, group: list[Tile]) -> Fetch:
+def _fetch(s: Setup, reader: PagedReader, table_row: Tensor, group: list[Tile]) -> Fetch:
     seen = [t for t in group if t.kind != "empty"]
     pages = reader.prepare(table_row, min((t.k0 for t in seen), default=0), max((t.k1 for t in seen), default=0))
-    return Fetch(pages, [(t, narrowed(pages.room.kv, t.k0 - pages.first, t.k1 - pages.first)) for t in group])
+    return Fetch(pages, [_feed(s, pages, t) for t in group])
+
+
+def _feed(s: Setup, pages: Pages, t: Tile) -> Feed:
+    if not s.packed or t.kind == "empty":
+        return Feed(t, narrowed(pages.room.kv, t.k0 - pages.first, t.k1 - pages.first))
+    made = cut(t.k1 - t.k0, s.stretches, s.device)
+    return Feed(t, made.of_keys(pages.room.kv, t.k0 - pages.first), made)
+
+
+def _joins(sequences: list[Sequence], device: torch.device) -> list[Joining]:
+    """The rows by the number of their results; one entry without indices where all rows have the same."""
+    counts = [sum(feed.cut.count for x in seq.fetches for feed in x.feeds if feed.cut) for seq in sequences]
+    if len(set(counts)) == 1:
+        return [Joining(counts[0], None, None)]
+    starts = [0, *accumulate(counts)]
+    found = []
+    for n in sorted(set(counts)):
+        rows = [i for i, count in enumerate(counts) if count == n]
+        results = [starts[i] + j for i in rows for j in range(n)]
+        found.append(Joining(n, torch.tensor(rows, device=device), torch.tensor(results, device=device)))
+    return found
