@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-all lint types docs bench clean
+.PHONY: setup demo test test-slow lint types docs bench clean
 
 setup: $(READY)
 
@@ -24,8 +24,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup
-	$(BIN)/python -m pytest
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
