@@ -68,29 +68,32 @@ def _one_query_each(s: Setup) -> Run:
     ) -> None:  # fmt: skip
         reader: Any = step.paged
         sources, load = reader.sources(cache), reader.load
-        outputs: list[Tensor] = []
-        sums: list[Tensor] = []
-        for seq, q4 in zip(step.sequences, q.view(-1, 1, heads, r, q.shape[-1]).unbind()):
-            for fetch in seq.fetches:
-                load(sources, fetch.pages)
-                feed = fetch.feeds[0]
-                o, row_sums = attend(q4, feed, added(feed.tile, seq.row, bias), cache)
-                outputs.append(o)
-                sums.append(row_sums)
-        o, row_sums = (outputs[0], sums[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(sums))
+        queries = q.view(-1, 1, heads, r, q.shape[-1]).unbind()
+        rows_out = out.view(-1, heads, r, out.shape[-1])
         taken = sinks.view(heads, r) if has_sinks and sinks is not None else None
         lse_wanted = lse is not None or taken is not None
-        rows_out = out.view(-1, heads, r, out.shape[-1])
-        for join in step.joins:
-            mine, my_sums = (o, row_sums) if join.results is None else (o[join.results], row_sums[join.results])
-            pieces = mine.view(-1, join.count, *mine.shape[1:]), my_sums.view(-1, join.count, *my_sums.shape[1:])
-            mine, my_sums = joined(*pieces, blind=blind, lse_wanted=lse_wanted)
+        for group in step.groups:
+            outputs: list[Tensor] = []
+            sums: list[Tensor] = []
+            for seq in group.sequences:
+                for fetch in seq.fetches:
+                    load(sources, fetch.pages)
+                    feed = fetch.feeds[0]
+                    o, row_sums = attend(queries[seq.row], feed, added(feed.tile, seq.row, bias), cache)
+                    outputs.append(o)
+                    sums.append(row_sums)
+            o, row_sums = (outputs[0], sums[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(sums))
+            size, count = len(group.sequences), group.count
+            if count > 1 and size > 1:
+                o, row_sums = o.view(size, count, heads, r, -1), row_sums.view(size, count, heads, r)
+            if count > 1:
+                o, row_sums = joined(o, row_sums, int(size > 1), blind=blind, lse_wanted=lse_wanted)
             if taken is not None:
-                mine, my_sums = with_sinks(mine, my_sums, taken)
-            rows = slice(len(mine)) if join.rows is None else join.rows
-            rows_out[rows] = mine.to(out.dtype)
+                o, row_sums = with_sinks(o, row_sums, taken)
+            here = rows_out if size == len(rows_out) else rows_out[group.first : group.first + size]
+            here.copy_(o)
             if lse is not None:
-                lse.view(-1, heads, r)[rows] = my_sums
+                lse[group.first : group.first + size].view(size, heads, r).copy_(row_sums)
 
     return run
 
@@ -120,7 +123,8 @@ def _several_queries(s: Setup) -> Run:
                     continue
                 rows = q[where].view(n, heads, r, -1).transpose(0, 1).reshape(1, heads, n * r, -1)
                 o, sums = attend(rows, feed, added(t, seq.row, bias), cache)
-                o, sums = joined(o.unsqueeze(0), sums.unsqueeze(0), blind=blind, lse_wanted=True)
+                if len(o) > 1:
+                    o, sums = joined(o, sums, 0, blind=blind, lse_wanted=True)
                 o, sums = o.view(heads, n, r, -1), sums.view(heads, n, r)
                 if taken is not None:
                     o, sums = with_sinks(o, sums, taken)

@@ -75,17 +75,15 @@ def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> OL:
     return o, torch.where(lse == float("-inf"), lse, torch.logaddexp(lse, sinks))
 
 
-def joined(o: Tensor, lse: Tensor, *, blind: bool, lse_wanted: bool) -> OL:
-    """Attention over disjoint keys as one, in float32: ``o`` ``(rows, pieces, ..., width)``, ``lse`` without the width.
+def joined(o: Tensor, lse: Tensor, dim: int, *, blind: bool, lse_wanted: bool) -> OL:
+    """Attention over disjoint keys as one, in float32: the pieces lie along ``dim`` of both, ``o`` has the width last.
 
     ``blind``: some rows may see nothing at all. Without ``lse_wanted`` the second result means nothing.
     """
-    if o.shape[1] == 1:
-        return o[:, 0], lse[:, 0]
-    weights = torch.softmax(lse, 1).unsqueeze(-1)
+    weights = torch.softmax(lse, dim).unsqueeze(-1)
     if blind:
         weights = weights.nan_to_num_(0.0)
-    return (o * weights).sum(1), torch.logsumexp(lse, 1) if lse_wanted else lse
+    return (o * weights).sum(dim), torch.logsumexp(lse, dim) if lse_wanted else lse
 
 
 def mask_of(s: Setup) -> MaskOf:

@@ -7,7 +7,9 @@ that the plan keeps: fresh temporaries of this size cost more in page faults tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,14 +110,21 @@ class PagedReader:
     """Gathers the pages of one layout. ``prepare`` makes the views of a sequence once per step, ``sources`` those of a
     layer's cache once per call; ``load`` moves the data."""
 
+    sources: Callable[[KVCache], Any]
+    """``(cache)``: what ``load`` reads of one layer."""
+    load: Callable[[Any, Pages], None]
+    """``(sources, pages)``: gather one stretch into its room, which the next ``load`` overwrites."""
+
     def __init__(self, layout: str, page_size: int, storage: torch.dtype, shape: Shape, scratch: Scratch) -> None:
-        self.layout, self.page_size, self.storage, self.shape, self.scratch = layout, page_size, storage, shape, scratch
-        self.hnd = layout == "HND"
+        self.page_size, self.storage, self.shape, self.scratch = page_size, storage, shape, scratch
+        self.by_heads, self.latent = layout == "HND", layout in ("MLA", "MLA_SPLIT")
         self.moves_as = torch.uint8 if storage in BYTE_FLOATS else storage
         self.unpacks = storage in UNIT and scratch.device.type == "cpu"
         self.staging = storage != shape.dtype or shape.wider
         self.reserved = 0
         self.rooms: dict[int, Room] = {}
+        plain = not (self.by_heads or self.staging)
+        self.sources, self.load = (_data, _load) if plain else (self._sources, self._load_and_stage)
 
     def reserve(self, keys: int) -> None:
         """Make room for stretches of up to ``keys`` keys, before any view is taken."""
@@ -132,15 +141,16 @@ class PagedReader:
         p, s = self.page_size, self.shape
         landing, unpacked, rows = [], [], []
         for i, width in enumerate(s.widths):
-            shape = (s.heads * count, p, width) if self.hnd else (count, p, s.heads, width)
+            heads = () if self.latent else (s.heads,)
+            shape = (s.heads * count, p, width) if self.by_heads else (count, p, *heads, width)
             values = land = self.scratch.take(f"pages{i}", self.storage, *shape)
             landing.append(land.view(self.moves_as))
             if self.unpacks:
                 half = self.scratch.take(f"half{i}", torch.int16, *shape)
                 unpacked.append((land.view(torch.int8), half))
                 values = half.view(torch.float16)
-            by_head = values.view(s.heads, count * p, width) if self.hnd else values.flatten(0, 1).transpose(0, 1)
-            rows.append(by_head)
+            heads_first = self.by_heads or self.latent
+            rows.append(values.view(s.heads, count * p, width) if heads_first else values.flatten(0, 1).transpose(0, 1))
         keys, staged = tuple(rows), []
         if self.staging:
             keys = tuple(
@@ -153,33 +163,30 @@ class PagedReader:
 
     def prepare(self, table_row: Tensor, first: int, end: int) -> Pages:
         """The gather of keys ``first:end`` of a sequence whose pages are ``table_row``."""
-        heads = self.shape.heads
         index = table_row[first // self.page_size : -(-end // self.page_size)]
         room = self._room(index.shape[0])
-        if self.hnd:
-            index = (index * heads + torch.arange(heads, device=index.device, dtype=index.dtype)[:, None]).view(-1)
+        if self.by_heads:
+            heads = torch.arange(self.shape.heads, device=index.device, dtype=index.dtype)
+            index = (index * self.shape.heads + heads[:, None]).view(-1)
         return Pages(index, room, first // self.page_size * self.page_size)
 
-    def sources(self, cache: KVCache) -> list[tuple[Tensor, int]]:
-        """Each tensor of one layer's cache as rows to gather, and for HND how many rows lie between two pages."""
+    def _sources(self, cache: KVCache) -> list[tuple[Tensor, int]]:
+        """Each tensor as rows to gather, and for HND how many rows lie between two pages."""
         found = []
         for t in cache.data:
             step = self.shape.heads
-            if self.hnd and step == 1:
+            if self.by_heads and step == 1:
                 t = t.squeeze(1)
-            elif self.hnd:
+            elif self.by_heads:
                 if t.stride(0) % t.stride(1):
                     t = t.contiguous()
                 step = t.stride(0) // t.stride(1)
                 rows = (t.shape[0] - 1) * step + t.shape[1]
                 t = t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
-            elif t.dim() == 3:
-                t = t.unsqueeze(2)
             found.append((t.view(self.moves_as), step))
         return found
 
-    def load(self, sources: list[tuple[Tensor, int]], pages: Pages) -> None:
-        """Gather one stretch into its room, which the next ``load`` overwrites."""
+    def _load_and_stage(self, sources: list[tuple[Tensor, int]], pages: Pages) -> None:
         heads, room = self.shape.heads, pages.room
         for (source, step), landing in zip(sources, room.landing):
             index = pages.index
@@ -190,6 +197,15 @@ class PagedReader:
             unpack(stored, self.storage, half)
         for to, of in room.staged:
             to.copy_(of)
+
+
+def _data(cache: KVCache) -> tuple[Tensor, ...]:
+    return cache.data
+
+
+def _load(sources: tuple[Tensor, ...], pages: Pages) -> None:
+    for source, landing in zip(sources, pages.room.landing):
+        _gather(source, 0, pages.index, out=landing)
 
 
 class RaggedReader:

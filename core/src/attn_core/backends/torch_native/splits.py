@@ -1,9 +1,9 @@
 """Decode's keys in equal stretches, one or more per thread, attended to side by side in one call and then joined.
 
 A gather by index hands each thread a stretch of the pages. Attention split by heads makes every thread read what the
-others just wrote, and where cores share no cache that costs more than all the rest (2 to 3 times on such a machine).
-Split by the same stretches, each thread finds its keys in its own cache; it also gives every thread work where there
-are few key/value heads (MQA, absorbed MLA).
+others just wrote; split by the same stretches, each thread finds its keys in its own cache. On a 2-core virtual machine
+(batch 1, 1k keys) the first took 0.40 ms or, half of the time, 1.2 ms; the second takes 0.42 to 0.47 ms always. It also
+gives every thread work where there are few key/value heads (MQA, absorbed MLA).
 """
 
 from __future__ import annotations

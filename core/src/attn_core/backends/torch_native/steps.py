@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attn_core.backends.torch_native.setup import Setup
@@ -20,6 +19,8 @@ from attn_core.runtime.plan import Capture
 PART_BYTES = 8 << 20
 """k and v that decode gathers at a time. Longer contexts are read in parts of about this size and joined: the buffer
 stays in cache and never grows with the context."""
+JOIN_ELEMENTS = 1 << 16
+"""Output elements joined at a time: enough to spread the cost of the operations, few enough to stay in cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,13 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
-    """Rows of a step whose result comes in ``count`` pieces, over disjoint keys."""
+class Group:
+    """Decode rows that are joined together: each has its result in ``count`` pieces, over disjoint keys."""
 
     count: int
-    rows: Tensor | None
-    """int64 ``(rows,)``; None: all rows of the step."""
-    results: Tensor | None
-    """int64 ``(rows * count,)``: which of all results in the order they were made."""
+    first: int
+    """Row of the first sequence."""
+    sequences: list[Sequence]
 
 
 @dataclass(slots=True)
@@ -79,8 +79,8 @@ class Step:
     sequences: list[Sequence] = field(default_factory=list)
     one_by_one: bool = False
     """Decode only: every row is one query."""
-    joins: list[Joining] = field(default_factory=list)
-    """How the results of such rows are joined, all at once."""
+    groups: list[Group] = field(default_factory=list)
+    """Such rows again, as they are joined."""
 
 
 def planner(s: Setup) -> Callable[..., Step]:
@@ -103,8 +103,7 @@ def planner(s: Setup) -> Callable[..., Step]:
         for row, (n, m) in enumerate(zip(queries, keys)):
             step.sequences.append(_sequence(s, step, batch, row, (token, key, n, m), part))
             token, key = token + n, key + (n if s.paged else m)
-        if step.one_by_one:
-            step.joins = _joins(step.sequences, s.device)
+        step.groups = _groups(s, step.sequences) if step.one_by_one else []
         return step
 
     return plan
@@ -171,15 +170,13 @@ def _feed(s: Setup, pages: Pages, t: Tile) -> Feed:
     return Feed(t, made.of_keys(pages.room.kv, t.k0 - pages.first), made)
 
 
-def _joins(sequences: list[Sequence], device: torch.device) -> list[Joining]:
-    """The rows by the number of their results; one entry without indices where all rows have the same."""
+def _groups(s: Setup, sequences: list[Sequence]) -> list[Group]:
+    """Neighbours whose results come in the same number of pieces, as many as fit in JOIN_ELEMENTS."""
     counts = [sum(feed.cut.count for x in seq.fetches for feed in x.feeds if feed.cut) for seq in sequences]
-    if len(set(counts)) == 1:
-        return [Joining(counts[0], None, None)]
-    starts = [0, *accumulate(counts)]
-    found = []
-    for n in sorted(set(counts)):
-        rows = [i for i, count in enumerate(counts) if count == n]
-        results = [starts[i] + j for i in rows for j in range(n)]
-        found.append(Joining(n, torch.tensor(rows, device=device), torch.tensor(results, device=device)))
+    found: list[Group] = []
+    for seq, count in zip(sequences, counts):
+        most = max(1, JOIN_ELEMENTS // (count * s.heads * s.b.v_head_dim))
+        if not found or found[-1].count != count or len(found[-1].sequences) == most:
+            found.append(Group(count, seq.row, []))
+        found[-1].sequences.append(seq)
     return found
