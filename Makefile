@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow lint types docs bench clean
+.PHONY: setup demo test test-slow test-engines test-vllm test-sglang lint types docs bench clean
 
 setup: $(READY)
 
@@ -27,6 +27,23 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Serving engines bring other versions of much: an environment each. What lists dependencies that clash with its own
+# others is in no-deps.txt and installed without them.
+.venv-%/.ready: tests/engines/%/requirements.txt tests/engines/%/no-deps.txt core/pyproject.toml
+	@echo "setting up .venv-$*: some minutes and GB the first time"
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -r tests/engines/$*/requirements.txt
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/engines/$*/no-deps.txt
+	touch $@
+
+.PRECIOUS: .venv-%/.ready
+
+test-vllm test-sglang: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest tests/engines/$*
+
+test-engines: test-vllm test-sglang
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +58,4 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
