@@ -1,4 +1,4 @@
-"""``attn-core``: doctor, resolve, explain, plugins, diff, replay. Works without torch.
+"""``attn-core``: doctor, resolve, explain, plugins, diff, replay, bench. Works without torch, but for bench.
 
 Exit status: 0 answered, 1 decisions differ (``diff``, ``replay``), 2 bad input, 3 no backend.
 """
@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from attn_core.bench.command import bench
 from attn_core.catalog import Catalog, Installed
 from attn_core.compare import differences, replay
 from attn_core.errors import AttnCoreError, BadInputError, NoBackendError
@@ -31,17 +32,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 _WIDE = 110
 
 
-def _answer() -> TextIO:
+def answer() -> TextIO:
     """The real standard output; ``main`` turns ``sys.stdout`` away from it, because plugins print."""
     return sys.__stdout__ or sys.stdout
 
 
 def _console() -> Console:
-    return Console(file=_answer(), width=None if _answer().isatty() else _WIDE, highlight=False)
+    return Console(file=answer(), width=None if answer().isatty() else _WIDE, highlight=False)
 
 
 def _print(text: str) -> None:
-    click.echo(text, file=_answer())
+    click.echo(text, file=answer())
 
 
 def _print_json(data: Any) -> None:
@@ -145,6 +146,9 @@ def _platform(
 @click.version_option(package_name="attn-core")
 def cli() -> None:
     """Which attention kernels run this model on this hardware, and why."""
+
+
+cli.add_command(bench)
 
 
 @cli.command()
