@@ -1,36 +1,50 @@
-"""Every model on a row of devices, one line per decision. ``python tests/decisions/golden.py`` rewrites the table.
+"""Every model on every known device, one line per decision with the devices that share it.
 
-Review its diff like code: a line that changes is a decision that users get differently.
+``python tests/decisions/golden.py`` rewrites the table. Review its diff like code: a line that changes is a decision
+that users get differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
-from attn_core import ModelSpec, NoBackendError, simulate
+from attn_core import Device, ModelSpec, NoBackendError, simulate
+from attn_core.platform import installed_plugins
 from attn_core.spec import ACCOMPANYING, Decision
 
 HERE = Path(__file__).parent
 TABLE = HERE / "golden.txt"
 MODELS = sorted((HERE.parent / "data" / "models").glob("*.json"))
-DEVICES = (
-    "cpu:avx2", "cpu:amx_bf16", "cuda:sm_75", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "cuda:sm_110", "cuda:sm_121",
-    "rocm:gfx942", "rocm:gfx1201", "musa:mp31", "ascend:910b",
-)  # fmt: skip
+
+
+def devices() -> list[Device]:
+    """Every device that some plugin describes, in order of name."""
+    return sorted((d for p in installed_plugins().platforms().values() for d in p.known), key=str)
 
 
 def lines() -> Iterator[str]:
-    platforms = [simulate(d) for d in DEVICES]
+    platforms = [simulate(d) for d in devices()]
     for path in MODELS:
         model = ModelSpec.from_hf_config(path)
-        for name, platform in zip(DEVICES, platforms):
+        found: dict[str, list[str]] = {}
+        for platform in platforms:
             try:
-                decision = platform.resolve(model)
+                answer = brief(platform.resolve(model))
             except NoBackendError as e:
-                yield f"{path.stem:<24}{name:<14}{e.code}"
-            else:
-                yield f"{path.stem:<24}{name:<14}{brief(decision)}"
+                answer = e.code
+            found.setdefault(answer, []).append(str(platform.device))
+        yield path.stem
+        for answer, where in found.items():
+            yield f"  {', '.join(_by_platform(where))}"
+            yield f"    {answer}"
+
+
+def _by_platform(names: list[str]) -> Iterator[str]:
+    """``cuda:sm_80 sm_86`` for several devices of one platform."""
+    for platform, group in groupby(names, key=lambda n: n.partition(":")[0]):
+        yield f"{platform}:{' '.join(n.partition(':')[2] for n in group)}"
 
 
 def brief(d: Decision) -> str:
