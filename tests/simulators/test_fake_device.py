@@ -37,8 +37,10 @@ address = cache.data_ptr()
 cache.view(-1, 2, 8)[torch.tensor([3, 21], device="musa")] = 1.0
 cache.transpose(1, 2)[2].fill_(2.0)
 assert cache.sum().item() == 2 * 16 + 2 * 256 and cache.data_ptr() == address
+rows = torch.zeros(2, 3, 6, device="musa")  # a view with gaps, written through
+rows[..., :4].index_put_((torch.tensor([1], device="musa"), torch.tensor([2], device="musa")), torch.ones(1, 4).musa())
+assert rows.sum().item() == rows[1, 2, :4].sum().item() == 4
 out = torch.empty(4, 4, device="musa")
-before = musa.allocations
 torch.mm(d, d.T, out=out)
 assert torch.equal(out.cpu(), x @ x.T)
 

@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -46,8 +48,18 @@ class Device(ModuleType):
     def current_device(self) -> int:
         return self._library.device_current()  # type: ignore[no-any-return]
 
-    def set_device(self, index: int) -> None:
-        self._library.device_set(torch.device(index).index if not isinstance(index, int) else index)
+    def set_device(self, device: torch.device | int) -> None:
+        self._library.device_set(device if isinstance(device, int) else device.index)
+
+    @contextmanager
+    def device(self, device: torch.device | int) -> Iterator[None]:
+        """Makes ``device`` the current one inside."""
+        before = self.current_device()
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self.set_device(before)
 
     def synchronize(self, device: object = None) -> None: ...
 

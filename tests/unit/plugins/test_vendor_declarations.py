@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -42,10 +43,13 @@ def test_every_declaration_is_plain_data_for_the_device_it_was_asked_about(name:
 
 
 @pytest.mark.parametrize(("name", "dev"), KNOWN)
-def test_every_row_names_its_sources_and_is_declared_only(name: str, dev: Device) -> None:
+def test_every_row_names_its_sources_and_what_it_binds(name: str, dev: Device) -> None:
     for row in rows(name, dev):
         assert len(row.evidence) > 20, row
-        assert row.bind is None, "adapters are not shipped: a row that binds needs a test of its kernel"
+        if row.bind is not None:
+            module, _, function = row.bind.partition(":")
+            assert module.startswith(f"attn_plugin_{name}.kernels."), row.bind
+            assert callable(getattr(importlib.import_module(module), function)), row.bind
         assert row.requires, f"{row.backend} {row.role} would be offered on a machine without its kernels"
     for rule in rules(name, dev):
         assert rule.because

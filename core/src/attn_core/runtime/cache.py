@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,8 @@ class KVCache:
     """(k, v) scales on the host; None where they are per head."""
     num_pages: int = field(init=False)
     """Pages, the null page included: the first axis of the first tensor in every layout."""
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What kernels derive from this cache and want once, not per call (views in their own shape); keyed by backend."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_pages", self.data[0].shape[0])

@@ -29,6 +29,12 @@ FAST_64 = OneOf(64, 128, 256, 512, 1024, 32, 16, 8, 4, 2, 1)
 """Any page size, 64 first: others take the slower load path."""
 ENCODER = OneOf("piecewise", "none", "decode")
 """Encoders are in no decode step, so graphs of those are no trouble."""
+MATE = Requirement(
+    "mate>=0.2.2",
+    written_for="0.2.2",
+    symbols=("mate.mha_interface",),
+    install="install MATE from Moore Threads or build it from its repository; mate on PyPI is another project",
+)
 NEEDS = (
     Requirement(f"musa>={TOOLKIT}", written_for=TOOLKIT, install="install the MUSA SDK 4.3.6 or later"),
     Requirement(
@@ -37,12 +43,7 @@ NEEDS = (
         symbols=("torch_musa.core",),
         install="install torch_musa from Moore Threads; it is not on PyPI",
     ),
-    Requirement(
-        "mate>=0.2.2",
-        written_for="0.2.2",
-        symbols=("mate.mha_interface",),
-        install="install MATE from Moore Threads or build it from its repository; mate on PyPI is another project",
-    ),
+    MATE,
 )
 TILELANG = Requirement(
     "tilelang-musa", symbols=("tilelang",), install="install tilelang_musa from Moore Threads: mate.flashmla imports it"
@@ -51,10 +52,11 @@ TILELANG = Requirement(
 
 def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[BackendSpec, ...]:
     """One row per role: ``roles`` maps it to what it accepts, the rest holds for all of them."""
+    own = {"bind": f"attn_plugin_musa.kernels.{backend}:bind", **more}
     return tuple(
         BackendSpec(
             platform="musa", backend=backend, role=role, accepts=accepts, evidence=evidence,
-            needs=frozenset({"tme"}), tier=Tier.BEST, **more,
+            needs=frozenset({"tme"}), tier=Tier.BEST, **own,
         )
         for role, accepts in roles.items()
     )  # fmt: skip
@@ -116,6 +118,7 @@ ROWS = (
         rank=10,
         requires=(*NEEDS, TILELANG),
         form="materialised",
+        bind="attn_plugin_musa.kernels.fa3:bind",
     ),
     *table(
         "flashmla",
