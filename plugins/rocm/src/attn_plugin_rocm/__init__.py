@@ -1,8 +1,7 @@
 """AMD GPUs for attn-core: which are here, what their kernels promise, and the rules among them.
 
-Declarations only. The kernel adapters are not shipped yet: every row has ``bind=None``, so decisions can be made and
-explained, and binding one raises ``BindError`` ("declared, adapter not yet shipped"). Importing this imports no torch,
-no kernel package and touches no device.
+The adapters in ``kernels`` bind AITER's functions; ``backends`` says what they promise. Importing this imports no
+torch, no kernel package and touches no device.
 """
 
 from __future__ import annotations

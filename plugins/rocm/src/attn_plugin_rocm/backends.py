@@ -19,6 +19,7 @@ CAPTURED = OneOf(*GRAPHS)
 """A device graph may hold the call, whatever is in the batch."""
 NOT_CAPTURED = OneOf("decode", "piecewise", "none")
 """For prefill: graphs of pure decode steps are no trouble, since it is not in them."""
+_KERNELS = "attn_plugin_rocm.kernels"
 CDNA = ["gfx942", "gfx950"]
 FP8 = {"gfx942": "fp8_e4m3fnuz", "gfx950": "fp8_e4m3"}
 """The 8-bit format a chip's matrix units read. One bit pattern means different numbers in the two."""
@@ -39,12 +40,14 @@ WAVE = (
 )
 
 
-def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[BackendSpec, ...]:
-    """One row per role: ``roles`` maps it to what it accepts, the rest holds for all of them."""
+def table(
+    backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], *, bind: Any = None, **more: Any
+) -> tuple[BackendSpec, ...]:
+    """One row per role: ``roles`` maps it to what it accepts, the rest holds for all; ``bind`` may be per role."""
     return tuple(
         BackendSpec(
             platform="rocm", backend=backend, role=role, accepts={"device.arch": CDNA, **accepts}, evidence=evidence,
-            needs=frozenset({"mfma"}), **more,
+            needs=frozenset({"mfma"}), bind=bind[role] if isinstance(bind, dict) else bind, **more,
         )
         for role, accepts in roles.items()
     )  # fmt: skip
@@ -58,25 +61,27 @@ _BEST: dict[str, Any] = {"tier": Tier.BEST, "requires": (AITER,)}
 
 
 def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
-    # CK and assembly: paged batch prefill, paged_attention_v1.
+    # CK and assembly: paged batch prefill, paged_attention_v1. What batch prefill wants of q beside an 8-bit cache is
+    # not stated, and it answers in bfloat16 then: refused.
     ck = {
         "dtype": HALF, "head_dim": [64, 128, 256], "logit_softcap": True, "custom_scale": True, "page_size": [16, 32],
-        "kv_cache_dtype": cache,
+        "native_out": True,
     }  # fmt: skip
     yield from table(
         "aiter",
         "AITER mha_batch_prefill_func, paged_attention_v1; vLLM rocm_aiter_fa.py (gfx942 and gfx950, pages, widths)",
         {
             "prefill": {**ck, "sliding_window": True, "sinks": True, "lse": True, "graph": NOT_CAPTURED},
-            "decode": {**ck, "graph": CAPTURED},
+            "decode": {**ck, "kv_cache_dtype": cache, "graph": CAPTURED},
         },
+        bind={"prefill": f"{_KERNELS}.mha:bind_prefill", "decode": f"{_KERNELS}.mha:bind_decode"},
         **_BEST,
     )
     # One Triton kernel for prefill and decode: causal only, no LSE. Serves what the others refuse.
     unified = {
         "dtype": HALF, "head_dim": MultipleOf(8, min=32, max=256), "sliding_window": True, "sinks": True,
         "logit_softcap": True, "alibi": True, "custom_scale": True, "page_size": [64, 16, 32, 128, 256],
-        "kv_cache_dtype": cache, "graph": CAPTURED, "host_lengths": ["exact", "bounds"],
+        "kv_cache_dtype": cache, "graph": CAPTURED, "host_lengths": ["exact", "bounds"], "native_out": True,
     }  # fmt: skip
     yield from table(
         "aiter",
@@ -84,6 +89,7 @@ def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
         {"prefill": unified, "decode": {**unified, "verify_width": ANY}},
         unified=True,
         rank=1,
+        bind=f"{_KERNELS}.unified:bind",
         **_BEST,
     )
 
@@ -91,13 +97,14 @@ def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
 def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
     latent = {
         "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(576, 512)], "unequal_v": True, "custom_scale": True,
-        "lse": True, "page_size": [1], "kv_cache_dtype": cache, "kv_layout": ["MLA"], "graph": CAPTURED,
+        "lse": True, "page_size": [1], "kv_layout": ["MLA"], "graph": CAPTURED, "native_out": True,
     }  # fmt: skip
+    # An 8-bit latent cache wants q in 8 bits too, with scales that no engine derives alike: refused.
     evidence = (
         "AITER aiter/mla.py, csrc/py_itfs_cu/asm_mla.cu (token indices, 16 to 128 heads); SGLang aiter_backend.py "
         "(fewer than 16 heads are padded); sglang PR 25556 (page 64 is accepted and wrong)"
     )
-    absorbed = {"form": "absorbed", **_BEST}
+    absorbed = {"form": "absorbed", "bind": f"{_KERNELS}.mla:bind", **_BEST}
     yield from table("aiter", evidence, {"decode": {**latent, "num_heads": MultipleOf(16, max=128)}}, **absorbed)
     yield from table(
         "aiter", evidence, {"decode": {**latent, "num_heads": [16]}}, pads={"num_heads"}, rank=1, **absorbed
@@ -105,12 +112,14 @@ def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
     expanded = {
         "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(192, 128)], "unequal_v": True, "custom_scale": True,
         "lse": True, "page_size": ANY, "kv_cache_dtype": cache, "kv_layout": ["MLA"], "graph": NOT_CAPTURED,
+        "native_out": True,
     }  # fmt: skip
     yield from table(
         "aiter",
         "AITER flash_attn_varlen_func (fmha v3: bf16, 192/128 on gfx942 and gfx950)",
         {"prefill": expanded},
         form="materialised",
+        bind=f"{_KERNELS}.mha:bind_ragged",
         **_BEST,
     )
 
