@@ -10,7 +10,7 @@ import pytest
 
 from simulators import device
 
-SCRIPT = Path(__file__).with_name("on_device.py")
+SCRIPT = Path(__file__).with_name("on_musa.py")
 
 
 def run(*before: str) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,7 @@
 """Huawei Ascend NPUs for attn-core: which are here, and what their kernels promise.
 
-Declarations only. The kernel adapters are not shipped yet: every row has ``bind=None``, so decisions can be made and
-explained, and binding one raises ``BindError`` ("declared, adapter not yet shipped"). Importing this imports no torch,
-no kernel package and touches no device.
+The adapters in ``kernels`` bind torch_npu's operators; ``backends`` says what they promise. Importing this imports no
+torch, no kernel package and touches no device.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def table(evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) ->
 
 
 # ---- fused infer attention (A2, A3, A5) ------------------------------------------------------------------------------
-# Lengths are host lists, baked into a captured task and re-issued each step: graphs of decode steps only.
+# Lengths are host lists, baked into a captured task: a graph would replay old ones unless every launch is issued again
+# each step. That is not offered until it has run on an NPU.
 
 _FIA_ANY = {
     "dtype": ["bfloat16", "float16"], "device.arch": ["910b", "910c", "950"], "num_heads": MultipleOf(1, max=256),
@@ -49,8 +50,9 @@ _FIA_ANY = {
 _FIA_PAGED = {
     **_FIA_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True,
     "head_dims": [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)], "sliding_window": True, "sinks": True,
-    "page_size": [128], "kv_layout": ["NHD", "HND"], "graph": ["decode", "piecewise", "none"],
+    "page_size": [128], "kv_layout": ["NHD", "HND"], "graph": ["piecewise", "none"],
 }  # fmt: skip
+_FIA_BIND = "attn_plugin_ascend.kernels.fia:bind"
 _FIA = (
     "op-plugin npu_fused_infer_attention_score.md (widths, 64 queries a head, v2 learnable_sink); vllm-ascend "
     "attention_v1.py (page 128), issue 9632 (64, 128 and 192 in TND); SGLang ascend_backend.py (256/256, cross)"
@@ -61,7 +63,7 @@ _FIA = (
 
 _MLA_ANY = {
     "kind": "mla", "dtype": ["bfloat16"], "device.arch": ["910b", "910c"], "unequal_v": True, "custom_scale": True,
-    "page_size": [128], "kv_layout": ["MLA_SPLIT"], "graph": ["decode", "piecewise", "none"],
+    "page_size": [128], "kv_layout": ["MLA_SPLIT"], "graph": ["piecewise", "none"],
 }  # fmt: skip
 
 # ---- 310P ------------------------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ ROWS = (
         {"prefill": _FIA_PAGED, "decode": {**_FIA_PAGED, "verify_width": MultipleOf(1, max=16)}},
         needs={"cube_bf16"},
         requires=(TORCH_NPU,),
+        bind=_FIA_BIND,
     ),
     *table(
         f"{_FIA}; SGLang (encoder-only: sparse_mode 0, no mask)",
@@ -86,6 +89,7 @@ ROWS = (
         needs={"cube_bf16"},
         requires=(TORCH_NPU,),
         pads={"head_dim"},
+        bind=_FIA_BIND,
     ),
     *table(
         "op-plugin npu_fused_infer_attention_score.md (192/128 unabsorbed, LSE allowed); vllm-ascend mla_v1.py",
@@ -93,6 +97,7 @@ ROWS = (
         needs={"cube_bf16"},
         requires=(TORCH_NPU,),
         form="materialised",
+        bind=_FIA_BIND,
     ),
     *table(
         "op-plugin npu_fused_infer_attention_score.md (512 + 64, power-of-two heads, no LSE); vllm-ascend mla_v1.py",
@@ -106,6 +111,19 @@ ROWS = (
         requires=(TORCH_NPU,),
         form="absorbed",
         pads={"num_heads"},
+        bind=_FIA_BIND,
+    ),
+    *table(
+        "op-plugin npu_scatter_pa_kv_cache.md (cache_mode Norm); vllm-ascend attention_v1.py",
+        {
+            "kv_write": {
+                "dtype": ["bfloat16", "float16"], "device.arch": ["910b", "910c", "950"], "head_dim": ANY,
+                "unequal_v": True, "page_size": [128], "kv_layout": ["NHD"],
+            }
+        },
+        needs={"cube_bf16"},
+        requires=(TORCH_NPU,),
+        bind="attn_plugin_ascend.kernels.kv_write:bind",
     ),
     *table(
         f"{_ATB_SOURCE}: _npu_flash_attention_qlens, _npu_paged_attention",
