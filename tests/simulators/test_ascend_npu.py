@@ -110,10 +110,8 @@ def test_quirk_lengths_are_host_lists(npu):
 
 
 def test_quirk_names_differ_by_version(npu):
-    for function, given in (
-        (npu.npu_fused_infer_attention_score, in_v2()),
-        (npu.npu_fused_infer_attention_score_v2, ragged()),
-    ):
+    v1, v2 = npu.npu_fused_infer_attention_score, npu.npu_fused_infer_attention_score_v2
+    for function, given in ((v1, in_v2()), (v2, ragged())):
         with pytest.raises(RuntimeError, match="unexpected keyword"):
             function(**given)
     assert torch.equal(v1(**ragged())[0], v2(**in_v2())[0])
