@@ -49,10 +49,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/mypy core/src plugins/cuda/src plugins/musa/src plugins/rocm/src plugins/ascend/src plugins/intel/src docs/print_reference.py
+	$(BIN)/mypy core/src plugins/cuda/src plugins/musa/src plugins/rocm/src plugins/ascend/src plugins/intel/src docs/print_reference.py docs/print_support.py
 
 docs: setup
 	$(BIN)/python docs/print_reference.py
+	$(BIN)/python docs/print_support.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -1,0 +1,146 @@
+"""Prints ``docs/support.md`` from the declarations: which backend claims what on which architecture, and where it ran.
+
+    make docs                          # or: python docs/print_support.py
+
+Claims come from the rows. How far a claim has been proven is a fact about this repository's tests, so it stands here,
+in ``PROOF``; the test of this page holds it against the tests that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from attn_core.domain import ANY, Domain
+from attn_core.plugins import load_plugins
+from attn_core.spec import FIELDS, BackendSpec, Device
+from attn_core.spec.fields import FEATURES
+
+PAGE = Path(__file__).with_name("support.md")
+
+MARKS = {
+    "d": "declared: the row has no kernel to bind yet",
+    "s": "checked against a stand-in: the adapter ran against the vendor's functions as their contract describes them, "
+    "with numbers judged in float64; the vendor's own kernel did not run",
+    "c": "checked without the hardware: the kernel itself ran in Triton's interpreter, judged in float64, and was "
+    "compiled for the architecture",
+    "p": "portable: the same PyTorch code ran on the CPU, judged in float64, and not on this device",
+    "h": "run on hardware: the kernel itself, judged in float64",
+}
+PROOF: Mapping[tuple[str, str, str], str] = {
+    # (plugin, platform, backend): mark
+    ("core", "cpu", "torch_native"): "h",
+    ("core", "cpu", "flex_attention"): "h",
+    ("intel", "cpu", "vllm_cpu"): "h",
+    ("core", "*", "triton"): "c",
+    ("core", "*", "torch_native"): "p",
+    ("core", "*", "flex_attention"): "p",
+}
+"""What is not the rule. The rule: ``d`` without a bind function, ``s`` with one."""
+HARDWARE = "x86 CPUs with AVX-512 and AMX; no accelerator yet"
+
+ROLES = ("encode", "prefill", "decode")
+SHORT = {
+    "custom_scale": "scale", "unequal_v": "d != dv", "sliding_window": "window", "attention_chunk": "chunk",
+    "bidirectional_prefix": "spans", "logit_softcap": "softcap", "deterministic": "determ.", "tree_mask": "tree",
+}  # fmt: skip
+MORE = ("sliding_window", "attention_chunk", "logit_softcap", "verify_width", "host_lengths")
+"""Fields that are features without being booleans: claimed when their domain is wider than the plain value."""
+
+
+def mark(row: BackendSpec) -> str:
+    if row.bind is None:
+        return "d"
+    for platform in (row.platform, "*"):
+        if found := PROOF.get((row.plugin or "core", platform, row.backend)):
+            return found
+    return "s"
+
+
+def columns() -> tuple[str, ...]:
+    own = [f for f in FIELDS if f in FEATURES or f in MORE]
+    return tuple(f for f in own if f not in ("unequal_v", "custom_scale", "kind", "attn_type"))
+
+
+def accepted(row: BackendSpec, name: str) -> Domain:
+    """What the row says of a field, or what silence means."""
+    found = row.accepts.get(name, FIELDS[name].default)
+    return found if isinstance(found, Domain) else ANY
+
+
+def claims(row: BackendSpec, name: str) -> bool:
+    return accepted(row, name) != FIELDS[name].default
+
+
+def serves(row: BackendSpec, device: Device) -> bool:
+    return row.needs <= device.isa and device.arch in accepted(row, "device.arch")
+
+
+def table(device: Device, rows: Iterable[BackendSpec]) -> tuple[str, ...]:
+    """One line per backend, role, form and set of claims."""
+    lines = []
+    for r in sorted(rows, key=lambda r: (-r.tier, r.rank, r.backend, ROLES.index(r.role))):
+        m = mark(r)
+        kind = f"MLA {r.form}" if r.form else str(accepted(r, "attn_type"))
+        widths = accepted(r, "head_dim") if accepted(r, "head_dims").is_any else accepted(r, "head_dims")
+        cells = [m if claims(r, c) else "" for c in columns()]
+        quantised = [v for v in accepted(r, "kv_cache_dtype").named if str(v).startswith(("fp8", "int8"))]
+        pages = "" if r.role == "encode" else str(accepted(r, "page_size"))
+        lines.append(
+            "| " + " | ".join([
+                r.backend, r.role, kind, f"{widths}", pages, ", ".join(map(str, quantised)), m, *cells
+            ]) + " |"
+        )  # fmt: skip
+    return tuple(dict.fromkeys(lines))
+
+
+EVERYWHERE = ("torch_native", "flex_attention")
+"""Core's PyTorch backends claim the same on every device of a platform that has them: printed once."""
+
+
+def sections() -> Iterator[str]:
+    plugins = load_plugins(strict=False)
+    for name, platform in sorted(plugins.platforms().items()):
+        yield from ("", f"## {name}")
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for device in platform.known:
+            rows = plugins.catalog((device,)).devices[str(device)].backends
+            mine = [r for r in rows if r.role in ROLES and r.backend not in EVERYWHERE and serves(r, device)]
+            groups.setdefault(table(device, mine), []).append(device.arch)
+        for lines, archs in groups.items():
+            yield from ("", f"**{', '.join(archs)}**", "")
+            yield from (*HEAD, *lines) if lines else ("Only what core offers everywhere.",)
+    only = "`flex_attention` on cpu, cuda, rocm and xpu only, and not on sm_75. On a CPU their proof is `h`."
+    yield from ("", "## Core, on every device", "", only, "", *HEAD)
+    cuda = next(d for d in plugins.platforms()["cuda"].known if d.arch == "sm_90")
+    rows = plugins.catalog((cuda,)).devices[str(cuda)].backends
+    yield from table(cuda, [r for r in rows if r.role in ROLES and r.backend in EVERYWHERE])
+
+
+def head() -> Iterator[str]:
+    names = ["backend", "role", "for", "head_dim", "page size", "8-bit cache", "proof"]
+    names += [SHORT.get(c, c.replace("_", " ")) for c in columns()]
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "---|" * len(names)
+
+
+HEAD = tuple(head())
+
+
+def page() -> str:
+    lines = [
+        "# Support",
+        "",
+        "Printed from the declarations by `make docs`: what each backend claims on each architecture, and how far the",
+        "claim has been proven. An empty cell is not claimed, so it is refused. Nothing is claimed beyond this.",
+        "",
+        *(f"* `{m}` {text}" for m, text in MARKS.items()),
+        "",
+        f"Hardware that `h` stands for: {HARDWARE}. `attn-core explain` names the source of every claim.",
+        *sections(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
