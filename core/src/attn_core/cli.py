@@ -21,6 +21,8 @@ from attn_core.bench.command import bench
 from attn_core.catalog import Catalog, Installed
 from attn_core.compare import differences, replay
 from attn_core.errors import AttnCoreError, BadInputError, NoBackendError
+from attn_core.fleet import FleetDecision
+from attn_core.fleet import read as read_fleet
 from attn_core.platform import Platform, get_platform, installed_plugins, simulate
 from attn_core.plugins import Plugins, discover, installed_packages, load_plugins
 from attn_core.spec import Decision, ModelSpec, Requirement
@@ -88,6 +90,9 @@ def _question_options(command: F) -> F:
         click.option("--draft", "draft_path", help="config.json of a draft model, solved together"),
         click.option("--device", help="platform:arch or platform:product; default: this machine"),
         click.option(
+            "--fleet", help="fleet.json: ranks on several kinds of devices, decided together (docs/fleets.md)"
+        ),
+        click.option(
             "--with", "with_packages", multiple=True, metavar="PKG==VER", help="count as installed (repeatable)"
         ),
         click.option("--without", multiple=True, metavar="PKG", help="count as absent (repeatable)"),
@@ -104,16 +109,24 @@ def _decide(
     model_path: str,
     draft_path: str | None,
     device: str | None,
+    fleet: str | None,
     with_packages: tuple[str, ...],
     without: tuple[str, ...],
     installed: bool,
     **options: Any,
-) -> Decision:
+) -> Decision | FleetDecision:
     model = ModelSpec.from_hf_config(model_path)
     if draft_path is not None:
         model = model.with_draft(ModelSpec.from_hf_config(draft_path))
     pins = {k: _pin(v) if k.endswith("backend") else v for k, v in options.items() if v not in (None, ())}
-    return _platform(device, with_packages, without, installed).resolve(model, **pins)
+    if fleet is None:
+        return _platform(device, with_packages, without, installed).resolve(model, **pins)
+    if device is not None or with_packages or without or installed:
+        raise BadInputError(
+            "--fleet says which devices and packages there are: leave out --device, --with, --without "
+            "and --installed, and say it in the file"
+        )
+    return read_fleet(fleet).resolve(model, **pins)
 
 
 def _pin(text: str) -> str | dict[str, str]:
@@ -159,7 +172,18 @@ def resolve(as_json: bool, **question: Any) -> None:
     if as_json:
         _print_json(decision.to_json())
         return
-    table = Table(title=f"{decision.model.architecture or 'model'} on {decision.device}", title_justify="left")
+    if isinstance(decision, Decision):
+        _show(decision, f"{decision.model.architecture or 'model'} on {decision.device}")
+    else:
+        for kind in decision.kinds:
+            _show(kind.decision, f"{kind.decision.model.architecture or 'model'} on {kind}")
+        _console().print(f"{decision.size} ranks of {len(decision.kinds)} kinds")
+    _console().print(f"digest {decision.digest}; reasons: attn-core explain")
+
+
+def _show(decision: Decision, title: str) -> None:
+    """Who does what, and the shared values."""
+    table = Table(title=title, title_justify="left")
     for column in ("group", "role", "backend", "plugin", "tier", "also eligible"):
         table.add_column(column, overflow="fold")
     for name, g in decision.groups.items():
@@ -172,7 +196,6 @@ def resolve(as_json: bool, **question: Any) -> None:
     console = _console()
     console.print(table)
     console.print("  ".join(f"[bold]{k}[/] {v}" for k, v in decision.values.items()), soft_wrap=True)
-    console.print(f"digest {decision.digest}; reasons: attn-core explain")
 
 
 @cli.command()

@@ -26,8 +26,8 @@ PEAK_SIZES = {"smoke": (1 << 20, 64), "small": (1 << 28, 1024), "large": (1 << 3
 @click.option("--shapes", default="", help=f"comma-separated, of {', '.join(KINDS)}; default: all")
 @click.option("--size", type=click.Choice(SIZES), help="default: small on a CPU, large on an accelerator")
 @click.option("--backend", "backends", multiple=True, help="only this one (repeatable); default: all declared here")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
-@click.option("--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES))
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="of q, k, v and out")
+@click.option("--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES), help="of the cache; default: the same")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's own choice")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="also write the figures here"

@@ -14,15 +14,15 @@ worsens the total), so for a fixed assignment each group's first fit is optimal,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
 
 from attn_core.catalog import Catalog, Installed
 from attn_core.errors import BadInputError
 from attn_core.resolve import refuse, settle
-from attn_core.resolve.combine import Combination, GroupSpace, Key, Universe, merge, shared_universe
+from attn_core.resolve.combine import Combination, GroupSpace, Key, Universe, shared_universe
 from attn_core.resolve.judge import Facts, Judge, Raw, Row
+from attn_core.resolve.solve import best_total
 from attn_core.spec import ACCOMPANYING, Decision, Device, EngineOptions, ModelSpec
 from attn_core.spec.model import Group
 
@@ -60,16 +60,21 @@ class Problem:
         options: EngineOptions,
         catalog: Catalog,
         installed: Installed,
+        *,
+        roles: Collection[str] | None = None,
+        shared: Universe | None = None,
     ) -> None:
+        """``roles``: those asked for here, None for all; ``shared``: assignments that other problems share too."""
         self.model, self.options, self.catalog, self.installed = model, options, catalog, installed
+        self.asked = None if roles is None else frozenset(roles)
         self.groups: dict[str, Group] = {n: g.sharded(options.tensor_parallel) for n, g in model.groups.items()}
         self.devices = self._devices(devices)
         self._facts: dict[tuple[str, str], Facts] = {}
         self.rejected: list[tuple[Judge, Row]] = []
         self._check_pins()
         used = [catalog.devices[k] for k in dict.fromkeys(str(d) for d in self.devices.values())]
-        self.shared: Universe = shared_universe(self.groups, options, used)
-        self.spaces = [self._space(n, g) for n, g in self.groups.items()]
+        self.shared: Universe = shared_universe(self.groups, options, used) if shared is None else shared
+        self.spaces = [self._space(n, g) for n, g in self.groups.items() if self._roles(g)]
         self.spaces.append(self._model_space())
 
     def _devices(self, devices: Device | Mapping[str, Device]) -> dict[str, Device]:
@@ -91,6 +96,9 @@ class Problem:
             if str(d) not in self.catalog.devices:
                 raise BadInputError(f"the catalog was not made for {d}; it holds {', '.join(self.catalog.devices)}")
         return given
+
+    def _roles(self, group: Group) -> tuple[str, ...]:
+        return group.roles if self.asked is None else tuple(r for r in group.roles if r in self.asked)
 
     def device(self, role: str) -> Device:
         return self.devices[role] if role in self.devices else self.devices[""]
@@ -122,7 +130,7 @@ class Problem:
     def _space(self, name: str, group: Group) -> GroupSpace:
         judges, candidates = {}, {}
         widths: tuple[int, ...] = ()
-        for role in group.roles:  # kv_write comes last: it must serve the widths the others may settle on
+        for role in self._roles(group):  # kv_write comes last: it must serve the widths the others may settle on
             judges[role] = judge = self._judge(name, group, role, widths if role in ACCOMPANYING else ())
             candidates[role] = judge.candidates(self._rows(judge), self.rejected)
             if role not in ACCOMPANYING:
@@ -137,34 +145,10 @@ class Problem:
 
     def solve(self) -> tuple[Key, list[Combination], int] | None:
         """Best total key, one combination per space, and the shared assignments all of them allow."""
-        answers = [a for only in self._uniform_choices() if (a := self._solve(only)) is not None]
-        return min(answers, key=lambda a: a[0], default=None)
+        answers = [best_total(self.shared, self.spaces, only) for only in self.uniform_choices()]
+        return min((a for a in answers if a is not None), key=lambda a: a[0], default=None)
 
-    def _solve(self, only: Mapping[str, Mapping[str, str]]) -> tuple[Key, list[Combination], int] | None:
-        """Frontiers from the smallest space to the largest; where all others offer one choice, a first fit will do."""
-        possible = self.shared.full
-        for space in self.spaces:
-            possible &= space.reach
-        found: dict[str, list[tuple[int, Combination]]] = {}
-        for space in sorted(self.spaces, key=lambda s: s.size):
-            first = len(found) == len(self.spaces) - 1 and all(len(f) == 1 for f in found.values())
-            found[space.name] = frontier = space.frontier(possible, only.get(space.name), first=first)
-            possible &= sum(new for new, _ in frontier)
-            if not possible:
-                return None
-        frontiers = [found[space.name] for space in self.spaces]
-        best: tuple[Key, list[Combination], int] | None = None
-        for part in _split(possible, frontiers):
-            chosen = [next(c for new, c in frontier if new & part) for frontier in frontiers]
-            key = merge([c.key for c in chosen])
-            if best is None or key < best[0]:
-                mask = self.shared.full
-                for c in chosen:
-                    mask &= c.shared
-                best = key, chosen, mask
-        return best
-
-    def _uniform_choices(self) -> Iterator[Mapping[str, Mapping[str, str]]]:
+    def uniform_choices(self) -> Iterator[Mapping[str, Mapping[str, str]]]:
         """Restrictions to try: none, or every choice of names an engine that cannot mix could run with."""
         if self.options.uniform == "none":
             yield {}
@@ -179,14 +163,6 @@ class Problem:
         for pick in picks:
             by_role = dict(zip(roles, pick))
             yield {s.name: by_role for s in spaces}
-
-
-def _split(possible: int, frontiers: Sequence[Sequence[tuple[int, Any]]]) -> list[int]:
-    """Partition assignments so that every group's first fit is the same throughout a part."""
-    parts = [possible]
-    for frontier in frontiers:
-        parts = [p & new for p in parts for new, _ in frontier if p & new]
-    return parts
 
 
 __all__ = ["Problem", "resolve"]

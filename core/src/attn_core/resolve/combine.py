@@ -52,6 +52,14 @@ class Universe:
         """Values of one field that some assignment in ``mask`` has, in universe order."""
         return tuple(v for v, m in self.value_mask[name].items() if m & mask)
 
+    def seen_as(self, names: Mapping[str, str]) -> Universe:
+        """The same assignments with fields under other names: name in the view -> name here."""
+        view = Universe(())
+        view.assignments, view.full = self.assignments, self.full
+        view.fields = {new: self.fields[old] for new, old in names.items()}
+        view.value_mask = {new: self.value_mask[old] for new, old in names.items()}
+        return view
+
 
 @lru_cache(maxsize=256)
 def universe(fields: tuple[tuple[str, tuple[Any, ...]], ...]) -> Universe:
@@ -110,14 +118,19 @@ class GroupSpace:
         self.roles = tuple(candidates)
         self.candidates = {r: sorted(found, key=_preference) for r, found in candidates.items()}
         """Best first by (tier, rank, padded), then content."""
-        self.local = self._local_universe(options)
         self.width = len(shared.assignments)
-        self.full = (1 << (self.width * len(self.local.assignments))) - 1
-        self.ones = sum(1 << (i * self.width) for i in range(len(self.local.assignments)))
-        self.masks = {role: {id(c): self._mask(c) for c in found} for role, found in candidates.items()}
-        self.rules = [] if group is None else self._rules(catalogs)
+        self._catalogs = catalogs
+        self.live_in(self._local_universe(options))
 
     # masks
+
+    def live_in(self, local: Universe) -> None:
+        """Work out masks and rules over these local values; again when ranks of another kind bring more of them."""
+        self.local = local
+        self.full = (1 << (self.width * len(local.assignments))) - 1
+        self.ones = sum(1 << (i * self.width) for i in range(len(local.assignments)))
+        self.masks = {role: {id(c): self._mask(c) for c in found} for role, found in self.candidates.items()}
+        self.rules = [] if self.group is None else self._rules(self._catalogs)
 
     def _local_universe(self, options: EngineOptions) -> Universe:
         cached = self.group is not None and self.group.cached

@@ -111,13 +111,13 @@ class Raw(NamedTuple):
 class Rejections(Sequence[Rejection]):
     """Rejections worked out on first reading: a decision that nobody explains pays nothing for them."""
 
-    def __init__(self, reasons: Callable[[], Iterable[Raw]]) -> None:
-        self._reasons: Callable[[], Iterable[Raw]] | None = reasons
+    def __init__(self, reasons: Callable[[], Iterable[Rejection]]) -> None:
+        self._reasons: Callable[[], Iterable[Rejection]] | None = reasons
         self._made: tuple[Rejection, ...] = ()
 
     def _all(self) -> tuple[Rejection, ...]:
         if self._reasons is not None:
-            self._made = tuple(sorted((r.rejection() for r in self._reasons()), key=_order))
+            self._made = tuple(sorted(self._reasons(), key=_order))
             self._reasons = None
         return self._made
 

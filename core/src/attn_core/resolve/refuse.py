@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from attn_core.errors import BadInputError, NoBackendError
 from attn_core.explain import grouped
 from attn_core.resolve.judge import Raw, Rejections
 from attn_core.resolve.settle import conflict_text
-from attn_core.spec import ACCOMPANYING, Decision, Tier
+from attn_core.spec import ACCOMPANYING, Decision, ModelSpec, Rejection, Tier
 from attn_core.spec.check import nearest
 from attn_core.spec.fields import SHARED
 
@@ -17,11 +17,20 @@ if TYPE_CHECKING:
     from attn_core.resolve import Problem
     from attn_core.resolve.combine import GroupSpace
 
+ACCEPT = "allow_reference=True accepts the reference backend"
 _CURABLE = frozenset({"package", "version", "pin", "denied"})
 """Reasons the user can take away; a better backend that failed only for these must not be replaced by a reference."""
 
 
 def no_backend(problem: Problem) -> NoBackendError:
+    """Why nothing fits, and what taking back each pin would give."""
+    lines, reasons = findings(problem)
+    rejections = Rejections(lambda: (r.rejection() for r in reasons))
+    relaxations = tuple(_relaxations(problem))
+    return NoBackendError("no_backend", text(problem.model, lines, rejections, relaxations), rejections, relaxations)
+
+
+def findings(problem: Problem) -> tuple[list[str], list[Raw]]:
     """Why nothing fits: empty roles first, then conflicts inside a group, then conflicts between groups."""
     lines, reasons = list(_unknown_pins(problem)), problem.reasons()
     empty = [(s, r) for s in problem.spaces for r in s.roles if not s.candidates[r]]
@@ -37,10 +46,7 @@ def no_backend(problem: Problem) -> NoBackendError:
             lines.append(f"no choice of backends is the same everywhere, as uniform={problem.options.uniform!r} asks")
         else:
             lines.append("each group has backends, but they cannot share the values the groups have in common")
-    rejections = Rejections(lambda: reasons)
-    relaxations = tuple(_relaxations(problem))
-    text = _text(problem, lines, rejections, relaxations)
-    return NoBackendError("no_backend", text, rejections, relaxations)
+    return lines, reasons
 
 
 def _unknown_pins(problem: Problem) -> Iterator[str]:
@@ -72,14 +78,15 @@ def check_reference(problem: Problem, decision: Decision) -> None:
 
     Not when the user named that backend or set ``allow_reference``; never for accompanying roles.
     """
-    lines = _poor(problem, decision)
+    lines = poor(problem, decision)
     if lines:
-        relaxations = (*_relaxations(problem), "allow_reference=True accepts the reference backend")
-        rejections = Rejections(problem.reasons)
-        raise NoBackendError("reference_only", _text(problem, lines, rejections, relaxations), rejections, relaxations)
+        relaxations = (*_relaxations(problem), ACCEPT)
+        rejections = Rejections(lambda: (r.rejection() for r in problem.reasons()))
+        shown = text(problem.model, lines, rejections, relaxations)
+        raise NoBackendError("reference_only", shown, rejections, relaxations)
 
 
-def _poor(problem: Problem, decision: Decision) -> list[str]:
+def poor(problem: Problem, decision: Decision) -> list[str]:
     """One line per required role that would run on a reference although something curable kept a better one away."""
     options = problem.options
     lines: list[str] = []
@@ -136,16 +143,16 @@ def _relaxations(problem: Problem) -> Iterator[str]:
         best = again.solve()
         if best is not None:
             decision = settle.decision(again, *best)
-            if _poor(again, decision):
+            if poor(again, decision):
                 continue
-            yield f"without {name}={_shown(value)}: {_summary(decision)}"
+            yield f"without {name}={shown(value)}: {summary(decision)}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _summary(decision: Decision) -> str:
+def summary(decision: Decision) -> str:
     parts = []
     for name, g in decision.groups.items():
         names = " / ".join(c.backend for r, c in g.choices.items() if r not in ACCOMPANYING)
@@ -154,10 +161,9 @@ def _summary(decision: Decision) -> str:
     return ", ".join(parts + values[:1])
 
 
-def _text(problem: Problem, lines: list[str], rejections: Rejections, relaxations: tuple[str, ...]) -> str:
+def text(model: ModelSpec, lines: list[str], rejections: Sequence[Rejection], relaxations: tuple[str, ...]) -> str:
     """Short enough to read in a terminal: headline, grouped reasons, ways out."""
-    model = problem.model.architecture or "model"
-    out = [f"{model}: {line}" for line in _most(lines, 6)]
+    out = [f"{model.architecture or 'model'}: {line}" for line in _most(lines, 6)]
     out += grouped(rejections, most=36)
     if relaxations:
         out += ["ways out:", *(f"  - {r}" for r in _most(list(relaxations), 12))]
