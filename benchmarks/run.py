@@ -1,4 +1,4 @@
-"""Run the benchmarks: ``python benchmarks/run.py [resolve overhead cpu] [--gate] [--json FILE]``.
+"""Run the benchmarks: ``python benchmarks/run.py [SET ...] [--gate] [--json FILE]``.
 
 Figures are medians with their spread. ``--gate`` exits 1 when a figure misses its limit, and refuses to judge (exit 2)
 when the machine's load exceeds its cores.
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-SETS = ("resolve", "overhead", "cpu")
+SETS = ("resolve", "fleet", "overhead", "torch_ops", "hf_paged", "cpu", "vllm_cpu", "transformers")
 
 
 @click.command()

@@ -6,7 +6,8 @@
     model.set_attn_implementation("attn_core")   # decided at the first forward, once per model
     attn = hf.attach(model, deterministic=True)  # or decided now, with engine options; attn.decision explains it
 
-Supported so far: inference with models that are encoders only (BERT, ModernBERT and their kin). All else raises.
+Inference with encoders, decoders and encoder-decoders, over transformers' own caches: dynamic, static and sliding.
+Whatever a layer asks for that its decision does not cover raises; nothing is dropped (docs/transformers.md).
 Written for transformers 5: ``AttentionInterface`` calls ``attention`` once per layer, ``AttentionMaskInterface`` calls
 ``mask`` once per forward and kind of layer.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_core.errors import AttnCoreError
-from attn_core.integrations.hf_call import LATER, check_call
+from attn_core.integrations.hf_call import LATER, check_call, tensors
 from attn_core.integrations.hf_models import Owner, own, owner_of
 from attn_core.runtime import AttentionBackend
 
@@ -56,7 +57,7 @@ def attach(model: PreTrainedModel, **options: Any) -> AttentionBackend:
     with every reason, :class:`AttnCoreError` for models this integration does not support.
     """
     register()
-    owner = Owner(options)
+    owner = Owner(options, type(model).__name__)
     bound = owner.bound(model.config, model.dtype, model.device)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
@@ -93,10 +94,12 @@ def attention(
     """
     if getattr(module, "config", None) is None:
         raise AttnCoreError(f"{type(module).__name__} has no config, so its attention cannot be decided; {LATER}")
-    layer = owner_of(module).bound(module.config, query.dtype, query.device).layer(module)
+    layer = owner_of(module).layer(module, query.dtype, query.device, kwargs.get("is_causal"))
     check_call(layer.group, module, query, key, value, dropout, scaling, kwargs)
-    with torch.no_grad():
-        out = layer.run(id(module), query, key, value, attention_mask)
+    # Out of inference mode: buffers that kernels keep must serve later calls outside of it too.
+    with torch.inference_mode(False), torch.no_grad():
+        given = tensors(layer.group, module, kwargs)
+        out = layer.run(id(module), query, key, value, attention_mask, **given)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         out = _ForwardOnly.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out, None
@@ -117,30 +120,52 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def self_check(tolerance: float = 1e-5) -> None:
-    """Run a tiny encoder layer through ``mask`` and ``attention`` as transformers would; compare with plain softmax.
+    """Run tiny layers through ``mask`` and ``attention`` as transformers would; compare with plain softmax.
 
-    Batches without padding, padded on the right and on the left. Raises :class:`AttnCoreError` naming the largest
-    difference, or saying that transformers did not ask our mask function.
+    A bidirectional layer, and a causal one with grouped heads over a cache: a prompt, then one more token. Each without
+    padding, padded on the right (the bidirectional one) and on the left. Raises :class:`AttnCoreError` naming the
+    largest difference, or saying that transformers did not ask our mask function.
     """
-    from transformers import BertConfig
-    from transformers.masking_utils import create_bidirectional_mask
+    from transformers import BertConfig, DynamicCache, LlamaConfig
+    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-    heads, length, width = 3, 7, 8
-    config = BertConfig(hidden_size=heads * width, num_attention_heads=heads, num_hidden_layers=1)
-    config._attn_implementation = NAME
-    module = nn.Module()
-    module.__dict__.update(config=config, layer_idx=0, is_causal=False)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
     generator = torch.Generator().manual_seed(0)
+
+    def check(module: Any, q: Tensor, k: Tensor, v: Tensor, made: Any, keep: Tensor, what: str) -> None:
+        """``keep`` ``(batch, keys)``: the real tokens; the queries are the last ones."""
+        queries, scale = q.shape[2], q.shape[-1] ** -0.5
+        if made is None and not bool(keep.all()):
+            raise AttnCoreError("transformers did not ask attn_core for a mask: padding would be attended to")
+        got = attention(module, q, k, v, made, scaling=scale)[0]
+        seen = keep[:, None, None].expand(-1, 1, queries, -1)
+        if module.is_causal:
+            seen = seen.tril(k.shape[2] - queries)
+        whole = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        logits = (q @ next(whole).mT * scale).masked_fill(~seen, -math.inf)
+        want = (logits.softmax(-1) @ next(whole)).transpose(1, 2)
+        worst = float((got - want)[keep[:, -queries:]].abs().max())
+        if not worst <= tolerance:
+            raise AttnCoreError(f"attn_core in transformers is off by {worst:.3g} in {what}; not installed")
+
+    def layer(config: Any, causal: bool) -> Any:
+        config._attn_implementation = NAME
+        module = nn.Module()
+        module.__dict__.update(config=config, layer_idx=0, is_causal=causal)
+        return module
+
+    encoder, decoder = layer(BertConfig(**sizes), False), layer(LlamaConfig(**sizes, num_key_value_heads=2), True)
     for real in ("1111111 1111111", "1111111 1110000", "0001111 1111111"):
         keep = torch.tensor([[c == "1" for c in row] for row in real.split()])
-        padded = not bool(keep.all())
-        q, k, v = (torch.randn(2, heads, length, width, generator=generator) for _ in range(3))
-        made = create_bidirectional_mask(config, q[:, 0], keep.long() if padded else None)
-        if made is None and padded:
-            raise AttnCoreError("transformers did not ask attn_core for a mask: padding would be attended to")
-        got = attention(module, q, k, v, made, scaling=width**-0.5)[0]
-        logits = (q @ k.mT * width**-0.5).masked_fill(~keep[:, None, None], -math.inf)
-        want = (logits.softmax(-1) @ v).transpose(1, 2)
-        worst = float((got - want)[keep].abs().max())
-        if not worst <= tolerance:
-            raise AttnCoreError(f"attn_core in transformers is off by {worst:.3g} with padding {real}; not installed")
+        padding = None if keep.all() else keep.long()
+        q, k, v = (torch.randn(2, heads, 7, 8, generator=generator) for heads in (4, 4, 4))
+        made = create_bidirectional_mask(encoder.config, q[:, 0], padding)
+        check(encoder, q, k, v, made, keep, f"an encoder with padding {real}")
+        if not keep[:, -1].all():
+            continue
+        cache = DynamicCache()
+        for start, end in ((0, 6), (6, 7)):
+            padding = None if keep.all() else keep[:, :end].long()
+            made = create_causal_mask(decoder.config, q[:, 0, start:end], padding, cache)
+            ours = cache.update(k[:, :2, start:end], v[:, :2, start:end], 0)
+            check(decoder, q[:, :, start:end], *ours, made, keep[:, :end], f"a decoder with padding {real}")

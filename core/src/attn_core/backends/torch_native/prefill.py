@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attn_core.backends.torch_native.one_tile import mask_of, one_tile, with_sinks
 from attn_core.backends.torch_native.setup import Setup
-from attn_core.backends.torch_native.sources import COMPACT_FROM, narrowed
+from attn_core.backends.torch_native.sources import COMPACT_FROM, Given, narrowed
 from attn_core.backends.torch_native.steps import Feed, Sequence, Step, planner
 from attn_core.runtime.binding import Binding, Kernels
 from attn_core.runtime.cache import KVCache
@@ -50,8 +50,11 @@ def _kernels(s: Setup) -> Kernels:
         lse = torch.empty(q.shape[0], s.heads, device=q.device) if return_lse else None
         taken = sinks.view(heads_kv, group, 1) if has_sinks and sinks is not None else None
         sources = None if step.paged is None or kv_cache is None else step.paged.sources(kv_cache)
+        given = None if step.ragged is None or k is None or v is None else step.ragged.given((k, v))
+        all_rows = q.view(-1, heads_kv, group, q.shape[-1]).permute(1, 2, 0, 3)
+        all_out = out.view(-1, heads_kv, group, width).permute(1, 2, 0, 3)
         for seq in step.sequences:
-            for feed in _fed(step, seq, k, v, sources):
+            for feed in _fed(step, seq, given, sources):
                 t = feed.tile
                 n, where = t.q1 - t.q0, slice(seq.token + t.q0, seq.token + t.q1)
                 if t.kind == "empty":
@@ -59,13 +62,13 @@ def _kernels(s: Setup) -> Kernels:
                     if lse is not None:
                         lse[where] = float("-inf")
                     continue
-                rows = q[where].view(n, heads_kv, group, -1).permute(1, 2, 0, 3)
+                rows = all_rows.narrow(2, where.start, n)
                 if n >= COMPACT_FROM:
                     rows = step.scratch.take("queries", q.dtype, *rows.shape).copy_(rows)
                 o, sums = attend(rows, feed.kv, added(t, seq.row, bias), t.kind == "causal", kv_cache)
                 if taken is not None:
                     o, sums = with_sinks(o, sums, taken)
-                out[where].view(n, heads_kv, group, -1).permute(1, 2, 0, 3).copy_(o)
+                all_out.narrow(2, where.start, n).copy_(o)
                 if lse is not None:
                     lse[where].view(n, heads_kv, group).permute(1, 2, 0).copy_(sums)
         return out if lse is None else (out, lse)
@@ -73,11 +76,10 @@ def _kernels(s: Setup) -> Kernels:
     return Kernels(plan=planner(s), call=call)
 
 
-def _fed(step: Step, seq: Sequence, k: Any, v: Any, sources: Any) -> list[Feed]:
+def _fed(step: Step, seq: Sequence, given: Given | None, sources: Any) -> list[Feed]:
     """The sequence's tiles with their k and v in place."""
-    if seq.direct and k is not None:
-        ragged: Any = step.ragged
-        kv = ragged.load((k, v), seq.key, seq.key + seq.kv_len)
+    if seq.direct and given is not None:
+        kv = given(seq.key, seq.key + seq.kv_len)
         return [Feed(t, narrowed(kv, t.k0, t.k1)) for t in seq.tiles]
     paged: Any = step.paged
     (fetch,) = seq.fetches

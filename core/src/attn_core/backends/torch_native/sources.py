@@ -26,6 +26,8 @@ BYTE_FLOATS = tuple(UNIT)
 
 KV = tuple[Tensor, Tensor]
 """k and v as the kernel takes them, ``(heads, lanes, keys, width)`` or ``(1, heads, keys, width)``."""
+Given = Callable[[int, int], KV]
+"""``(start, stop)``: these rows of the k and v that a call was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ class Pages:
     room: Room
     first: int
     """Position of the first key gathered: the start of a page."""
+    run: slice | None = None
+    """The pages, where they follow each other in a cache on the host: then a copy does, of any strides."""
 
 
 class PagedReader:
@@ -164,11 +168,13 @@ class PagedReader:
     def prepare(self, table_row: Tensor, first: int, end: int) -> Pages:
         """The gather of keys ``first:end`` of a sequence whose pages are ``table_row``."""
         index = table_row[first // self.page_size : -(-end // self.page_size)]
-        room = self._room(index.shape[0])
+        room, run = self._room(index.shape[0]), None
+        if not self.by_heads and self.scratch.device.type == "cpu":
+            run = _run(index)
         if self.by_heads:
             heads = torch.arange(self.shape.heads, device=index.device, dtype=index.dtype)
             index = (index * self.shape.heads + heads[:, None]).view(-1)
-        return Pages(index, room, first // self.page_size * self.page_size)
+        return Pages(index, room, first // self.page_size * self.page_size, run)
 
     def _sources(self, cache: KVCache) -> list[tuple[Tensor, int]]:
         """Each tensor as rows to gather, and for HND how many rows lie between two pages."""
@@ -192,7 +198,10 @@ class PagedReader:
             index = pages.index
             if step != heads:
                 index = index // heads * step + index % heads
-            _gather(source, 0, index, out=landing)
+            if pages.run is None:
+                _gather(source, 0, index, out=landing)
+            else:
+                landing.copy_(source[pages.run])
         for stored, half in room.unpacked:
             unpack(stored, self.storage, half)
         for to, of in room.staged:
@@ -205,7 +214,18 @@ def _data(cache: KVCache) -> tuple[Tensor, ...]:
 
 def _load(sources: tuple[Tensor, ...], pages: Pages) -> None:
     for source, landing in zip(sources, pages.room.landing):
-        _gather(source, 0, pages.index, out=landing)
+        if pages.run is None:
+            _gather(source, 0, pages.index, out=landing)
+        else:
+            landing.copy_(source[pages.run])
+
+
+def _run(index: Tensor) -> slice | None:
+    count = index.shape[0]
+    first = int(index[0]) if count else 0
+    if not count or int(index[-1]) - first != count - 1 or not bool((index.diff() == 1).all()):
+        return None
+    return slice(first, first + count)
 
 
 class RaggedReader:
@@ -214,6 +234,19 @@ class RaggedReader:
     def __init__(self, shape: Shape, given: torch.dtype, scratch: Scratch) -> None:
         self.shape, self.scratch = shape, scratch
         self.staged = tuple(given != shape.dtype or w != wide for w, wide in zip(shape.widths, shape.kernel_widths))
+
+    def given(self, tensors: tuple[Tensor, ...]) -> Given:
+        """:meth:`load` for one call. What needs no copy is arranged once for all sequences."""
+        if any(self.staged):
+            return lambda start, stop: self.load(tensors, start, stop)
+        whole = self.shape.arranged(tuple(t.transpose(0, 1) for t in tensors))
+
+        def load(start: int, stop: int) -> KV:
+            if stop - start >= COMPACT_FROM:
+                return self.load(tensors, start, stop)
+            return narrowed(whole, start, stop)
+
+        return load
 
     def load(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> KV:
         """Rows ``start:stop`` of k and v; long runs are copied to lie head by head."""
