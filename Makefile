@@ -64,6 +64,7 @@ types: setup
 docs: setup
 	$(BIN)/python docs/print_reference.py
 	$(BIN)/python docs/print_support.py
+	$(BIN)/python docs/print_engines_compared.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
