@@ -16,6 +16,7 @@ import click
 from api_source import Definition, code, entry, find, public_names, source, table
 
 from attn_core import cli, hookspecs, platform
+from attn_core.integrations import vllm
 from attn_core.plugins import load, probe
 from attn_core.plugins.guard import HOOKS
 from attn_core.resolve.refuse import _CURABLE as CURABLE
@@ -31,6 +32,7 @@ ENVIRONMENT = {
     load.DENY: "Plugins to leave out, comma-separated; they are not imported. Goes before the list above.",
     load.STRICT: "`1`: a plugin that failed or is incompatible is an error. `0` or unset: it is left out and reported.",
     probe.TIMEOUT: f"Seconds the probe process may take. Unset: {probe.DEFAULT_TIMEOUT:g}.",
+    vllm.ENV: "`1`: vLLM's CPU platform is replaced by one whose attention is decided here, see [vllm.md](vllm.md).",
     probe.IN_PROBE: "Set by attn-core in the probe process, where asking for devices is refused. Not for users.",
 }
 

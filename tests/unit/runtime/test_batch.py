@@ -32,6 +32,14 @@ def test_lists_and_tensors_read_alike() -> None:
     assert a.query_lens.dtype == b.query_lens.dtype
 
 
+def test_an_engine_may_say_where_decode_rows_end() -> None:
+    b = Batch([1, 1, 5, 1], [9, 4, 5, 1], num_decode_rows=1)
+    assert (b.num_decode_rows, b.num_decode_tokens) == (1, 1)
+    assert b.rest_part is not None
+    assert b.rest_part.query_lens.tolist() == [1, 5, 1]
+    assert Batch([1, 1], [9, 4], num_decode_rows=0).decode_part is None
+
+
 def test_encoder_takes_query_lens_for_keys() -> None:
     b = Batch([3, 1, 2], attn_type="encoder_only")
     assert b.kv_lens.tolist() == [3, 1, 2]
@@ -54,6 +62,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("kv short", {"query_lens": [1, 5], "kv_lens": [1, 4]}, r"kv_lens\[1\]=4 is smaller than query_lens\[1\]=5"),
     ("order", {"query_lens": [1, 7, 2, 1], "kv_lens": [1, 7, 2, 1]}, r"row 3 is a decode row.*Batch\.order"),
     ("order w", {"query_lens": [3, 4], "kv_lens": [8, 8], "decode_width": 4}, "row 1 is a decode row"),
+    ("stated", {"query_lens": [1, 2], "kv_lens": [1, 2], "num_decode_rows": 2}, "1 leading rows have query length 1"),
     ("float", {"query_lens": [1.0], "kv_lens": [1]}, "list of integers"),
     ("huge", {"query_lens": [1], "kv_lens": [2**40]}, "list of integers"),
     ("int64", {"query_lens": torch.tensor([1]), "kv_lens": [1]}, "torch.int32"),

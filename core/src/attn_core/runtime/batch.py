@@ -35,6 +35,9 @@ class Batch:
     ``decode_width``
         Query length of a decode row: 1, or the verify width. Decode rows come first, see :meth:`order`. A row of that
         width with kv length 1 whose page is page 0 is padding.
+    ``num_decode_rows``
+        How many leading rows are decode rows. None: all rows of that width, and one that comes later is an error. An
+        engine that says it may have later rows of that width; they prefill (the last chunk of a prompt).
     ``tree_mask``
         bool ``(num_decode_rows, decode_width, decode_width)``: which of its row's new tokens each new token sees.
         Replaces causality among them; older keys stay visible.
@@ -72,6 +75,7 @@ class Batch:
         kv_lens_device: Tensor | None = None,
         exact: bool = True,
         decode_width: int = 1,
+        num_decode_rows: int | None = None,
         tree_mask: Tensor | None = None,
         bidirectional_spans: Sequence[Iterable[tuple[int, int]]] | None = None,
         attn_type: str = "decoder",
@@ -99,7 +103,9 @@ class Batch:
         lengths = Lengths(query, kv, where, kv_device=kv_lens_device, exact=exact)
         checks.lengths(lengths.queries, lengths.keys, attn_type, decode_width)
         checks.tensor("kv_lens_device", kv_lens_device, torch.int32, (query.shape[0],), "(num_seqs,)")
-        rows = 0 if attn_type == "encoder_only" else checks.decode_rows_first(lengths.queries, decode_width)
+        rows = 0
+        if attn_type != "encoder_only":
+            rows = checks.decode_rows_first(lengths.queries, decode_width, num_decode_rows)
         checks.tree_mask(tree_mask, rows, decode_width)
         self.__dict__.update(
             lengths=lengths,

@@ -57,9 +57,16 @@ def lengths(query: Sequence[int], keys: Sequence[int], attn_type: str, decode_wi
             )
 
 
-def decode_rows_first(query: Sequence[int], decode_width: int) -> int:
-    """How many leading rows are decode rows; raises when one comes later."""
+def decode_rows_first(query: Sequence[int], decode_width: int, stated: int | None) -> int:
+    """How many leading rows are decode rows; raises when one comes later, unless their number is ``stated``."""
     count = next((i for i, q in enumerate(query) if q != decode_width), len(query))
+    if stated is not None:
+        if not 0 <= stated <= count:
+            raise BadInputError(
+                f"Batch: num_decode_rows={stated}, but {count} leading rows have query length {decode_width} "
+                "(decode_width); it may be that or less"
+            )
+        return stated
     for row in range(count + 1, len(query)):
         if query[row] == decode_width:
             raise BadInputError(
