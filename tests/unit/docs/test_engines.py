@@ -91,12 +91,17 @@ def test_capture_on_a_kernel_that_claims_graphs(capsys: pytest.CaptureFixture[st
     assert "4 decode rows of 1" in capsys.readouterr().out
 
 
-def test_what_the_page_says_of_vendor_plugins_is_true() -> None:
+def test_what_the_page_says_of_binding_is_true() -> None:
+    """Some rows have no adapter; a device that is not here can be asked and not bound."""
     plugins = load_plugins(strict=False)
-    for name, platform in plugins.platforms().items():
-        for device in platform.known:
-            rows = plugins.catalog(device).devices[str(device)].backends
-            assert {r.bind for r in rows if r.plugin != "core"} <= {None}, name
+    binds = {
+        r.bind is not None
+        for platform in plugins.platforms().values()
+        for device in platform.known
+        for r in plugins.catalog(device).devices[str(device)].backends
+        if r.plugin != "core"
+    }
+    assert binds == {True, False}
     with pytest.raises(BindError, match="simulated"):
         simulate("cpu:avx2").attention_backend(num_heads=2, head_dim=64, dtype="float32")
 
