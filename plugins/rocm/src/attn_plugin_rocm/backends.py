@@ -1,8 +1,9 @@
 """What AITER's and wave's kernels promise on AMD GPUs.
 
-Sources: AITER e404860; vLLM 0.33.0; SGLang 0.5.23; threads by repository and number. Refused here although the calls
-exist: encoders (engines run them causally), cross attention, LSE and sinks from paged decode, windows of paged decode
-(its variants disagree), MLA through wave (NaN on HIP 7.15), and RDNA (aiter issue 3294: host checks admit CDNA only).
+Sources: AITER e404860; vLLM 0.33.0; SGLang 0.5.23; wave-lang 3.9.1; threads by repository and number. Refused here
+although the calls exist: encoders (engines run them causally), cross attention, LSE and sinks from paged decode,
+windows of paged decode (its variants disagree), MLA through wave (NaN on HIP 7.15), and RDNA (aiter issue 3294: host
+checks admit CDNA only).
 """
 
 from __future__ import annotations
@@ -124,14 +125,18 @@ def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
     )
 
 
-# Behind Triton: for those who name it. It indexes by token and compiles per shape.
-_WAVE_ANY = {
-    "dtype": ["bfloat16"], "head_dim": [64, 128], "logit_softcap": True, "custom_scale": True, "page_size": [1],
-}  # fmt: skip
+# Behind Triton: for those who name it. It indexes by token and compiles per shape. Decode drops the scale it is given,
+# and a block of its heads must not reach into the next group.
+_WAVE_ANY = {"dtype": ["bfloat16", "float16"], "head_dim": [64, 128], "logit_softcap": True, "page_size": [1]}
 _WAVE = table(
     "wave",
-    "SGLang srt/layers/attention/wave_backend.py, wave_ops/ (no sinks, no encoders, never automatic)",
-    {"prefill": {**_WAVE_ANY, "graph": NOT_CAPTURED}, "decode": {**_WAVE_ANY, "graph": CAPTURED}},
+    "SGLang wave_backend.py, wave_ops/, test_wave_attention_kernels.py; wave-lang 3.9.1 kernel/wave/templates "
+    "(no sinks, no windows, no encoders, no LSE; never automatic)",
+    {
+        "prefill": {**_WAVE_ANY, "custom_scale": True, "graph": NOT_CAPTURED},
+        "decode": {**_WAVE_ANY, "group_size": [1, 2, 4, 8, 16, 32, 64, 128], "graph": CAPTURED},
+    },
+    bind={"prefill": f"{_KERNELS}.wave:bind_extend", "decode": f"{_KERNELS}.wave:bind_decode"},
     tier=Tier.PORTABLE,
     rank=50,
     requires=WAVE,

@@ -1,4 +1,5 @@
-"""Adapters: one file per family of AITER's kernels. Imported when a backend is bound; AITER in ``bind`` only.
+"""Adapters: one file per family of AITER's kernels, and one for SGLang's wave kernels. Imported when a backend is
+bound; AITER and SGLang in ``bind`` only.
 
-AITER compiles a kernel at its first use, for minutes: run a step of every kind before capturing graphs.
+Both compile a kernel at its first use, AITER for minutes: run a step of every kind before capturing graphs.
 """
