@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang lint types docs bench clean
+.PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang lint types docs docs-kernels bench clean
 
 setup: $(READY)
 
@@ -65,6 +65,9 @@ docs: setup
 	$(BIN)/python docs/print_reference.py
 	$(BIN)/python docs/print_support.py
 	$(BIN)/python docs/print_engines_compared.py
+
+docs-kernels: setup # compiles every kernel for every architecture: ten minutes
+	$(BIN)/python docs/print_kernels.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

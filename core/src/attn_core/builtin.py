@@ -21,7 +21,7 @@ def attn_probe_devices() -> Iterable[Device]:
 
 @hookimpl
 def attn_backends(device: Device) -> Iterator[BackendSpec]:
-    from attn_core.backends import builtin, flex_attention, torch_native  # tables: not needed to list or probe
+    from attn_core.backends import builtin, flex_attention, torch_native, triton  # tables: not needed to list or probe
 
-    for module in (torch_native, flex_attention, builtin):
+    for module in (torch_native, flex_attention, triton, builtin):
         yield from module.backends(device)
