@@ -8,6 +8,7 @@ to the bottom right, one sequence at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +57,8 @@ def sequence(
 ) -> tuple[Tensor, Tensor]:
     """One sequence: float64 output ``(queries, heads, dv)`` and natural-log LSE ``(heads, queries)``.
 
-    ``q`` ``(queries, heads, d)``; ``k``, ``v`` ``(keys, kv heads, d or dv)``; ``slopes`` ``(heads,)``: minus slope times
-    the distance. A query without keys gives zeros and -inf, with sinks too.
+    ``q`` ``(queries, heads, d)``; ``k``, ``v`` ``(keys, kv heads, d or dv)``; ``slopes`` ``(heads,)``: minus slope
+    times the distance. A query without keys gives zeros and -inf, with sinks too.
     """
     q, k, v = (double(t) for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -88,7 +89,7 @@ def double(t: Tensor) -> Tensor:
 def cumulative(offsets: Tensor) -> list[tuple[int, int]]:
     """``(begin, end)`` of every sequence in a packed tensor."""
     edges = offsets.tolist()
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 def paged(cache: Tensor, pages: Tensor, length: int) -> Tensor:
@@ -104,8 +105,10 @@ def paged(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     return cache[ids[position // page_size].to(cache.device), (position % page_size).to(cache.device)]
 
 
-def finish(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Sequences joined: output ``(tokens, heads, dv)`` in ``like``'s dtype and place, LSE float32 ``(heads, tokens)``."""
+def finish(
+    parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sequences joined: output ``(tokens, heads, dv)`` where ``like`` is, LSE float32 ``(heads, tokens)``."""
     out = torch.cat([o for o, _ in parts]).to(dtype or like.dtype).to(like.device)
     return out, torch.cat([lse for _, lse in parts], 1).float().to(like.device)
 

@@ -114,7 +114,10 @@ def signature(text: str) -> inspect.Signature:
     (function,) = ast.parse(f"def f{text}: pass").body
     assert isinstance(function, ast.FunctionDef)
     a, kinds = function.args, inspect.Parameter
-    positional = [*((p, kinds.POSITIONAL_ONLY) for p in a.posonlyargs), *((p, kinds.POSITIONAL_OR_KEYWORD) for p in a.args)]
+    positional = [
+        *((p, kinds.POSITIONAL_ONLY) for p in a.posonlyargs),
+        *((p, kinds.POSITIONAL_OR_KEYWORD) for p in a.args),
+    ]
     defaults: list[ast.expr | None] = [*[None] * (len(positional) - len(a.defaults)), *a.defaults]
     found = [kinds(p.arg, kind, default=_value(d)) for (p, kind), d in zip(positional, defaults)]
     if a.vararg:

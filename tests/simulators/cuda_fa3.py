@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from simulators.attend import put
 from simulators.contract import Contract, Misuse, Refused
 from simulators.flash import (
@@ -22,7 +24,6 @@ from simulators.flash import (
     scaled,
 )
 from simulators.standin import StandIn
-from torch import Tensor
 
 FACTS = Contract.load("sgl_kernel_fa3")
 MODULE = "sgl_kernel.flash_attn"

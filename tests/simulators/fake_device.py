@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, Tensor.copy_}
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
-BOUND = {Tensor.__getitem__, Tensor.__setitem__, Tensor.copy_}
 ON_HOST = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
-"""Functions for which torch asks the device's runtime before anybody else; the second ones read on the host."""
+"""Functions that read on the host."""
+MOVES = {Tensor.to, Tensor.cpu}
 
 
 class OnDevice(Tensor):
@@ -57,10 +57,12 @@ class Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in BOUND and any(isinstance(a, OnDevice) for a in args):
-            return run(func, args, kwargs, None)
+        if func.__name__ == "__get__":
+            return func(*args, **kwargs)
         if func in ON_HOST and isinstance(args[0], OnDevice):
             return func(args[0].cpu(), *args[1:], **kwargs)
+        if func not in MOVES and any(isinstance(a, OnDevice) for a in tree_flatten((args, kwargs))[0]):
+            return run(func, args, kwargs, None)  # here already: torch would ask the device's runtime next
         named = [*args, *kwargs.values()] if func is Tensor.to else [kwargs.get("device")]
         places = [d for d in map(_device, named) if d is not None and d.type in self.kinds]
         if not places:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from simulators.attend import cumulative, finish, paged, seen, sequence
 from simulators.contract import Contract, Misuse, Refused
-from torch import Tensor
 
 Keys = list[tuple[Tensor, Tensor]]
 """Per sequence k ``(keys, kv heads, d)`` and v ``(keys, kv heads, dv)``."""
@@ -52,7 +53,9 @@ def check_longest(where: str, name: str, given: int | None, lengths: Sequence[in
     if given is not None and not isinstance(given, int):
         raise Refused(f"{where}: {name} must be an int on the host, got {type(given).__name__}")
     if given is not None and lengths and given < max(lengths):
-        raise Misuse(f"{where}: {name}={given}, but the longest sequence has {max(lengths)}: the rest is never computed")
+        raise Misuse(
+            f"{where}: {name}={given}, but the longest sequence has {max(lengths)}: the rest is never computed"
+        )
 
 
 def lengths_of(edges: Sequence[tuple[int, int]]) -> list[int]:
@@ -75,7 +78,9 @@ def keys_of_pages(where: str, k_cache: Tensor, v_cache: Tensor, table: Tensor, l
         raise Misuse(f"{where}: reads outside its pages: {e}") from None
 
 
-def keys_of_rows(where: str, k: Tensor, v: Tensor, edges: Sequence[tuple[int, int]], used: Tensor | None = None) -> Keys:
+def keys_of_rows(
+    where: str, k: Tensor, v: Tensor, edges: Sequence[tuple[int, int]], used: Tensor | None = None
+) -> Keys:
     """Packed rows ``(keys, kv heads, width)``; ``used``: only so many of each sequence."""
     ends = [e for _, e in edges] if used is None else [b + u for (b, _), u in zip(edges, used.tolist())]
     return [(k[b:e], v[b:e]) for (b, _), e in zip(edges, ends)]
@@ -121,8 +126,9 @@ def forward(
     for i, ((begin, end), (k, v)) in enumerate(zip(edges, keys)):
         rows = q[begin:end]
         if qv is not None:
-            rows, k = torch.cat((rows.cpu().double(), qv[begin:end].cpu().double()), -1), torch.cat(
-                (k.cpu().double(), v.cpu().double()), -1
+            rows, k = (
+                torch.cat((rows.cpu().double(), qv[begin:end].cpu().double()), -1),
+                torch.cat((k.cpu().double(), v.cpu().double()), -1),
             )
         visible = seen(end - begin, k.shape[0], causal=causal, left=window[0], right=window[1], chunk=chunk)
         own = slopes[i] if slopes is not None and slopes.dim() == 2 else slopes
@@ -156,5 +162,3 @@ class Metadata:
         got = metadata.cpu()
         if got.shape[0] < want.shape[0] or not torch.equal(got[: want.shape[0]], want) or got[want.shape[0] :].any():
             raise Misuse(f"{where}: scheduler_metadata belongs to another call: {got.tolist()}, needed {want.tolist()}")
-
-

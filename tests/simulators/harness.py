@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,22 +18,34 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from numerics.kernel_cases import DTYPES, MIXED, Lengths, Step, cross_step, encode_step, fill, random, slots, step, table
-from simulators.contract import Misuse, Refused
-from simulators.standin import StandIn, installed
 from torch import Tensor
 
 from attn_core import Batch, ModelSpec
 from attn_core.backends import builtin
 from attn_core.catalog import Catalog, DeviceCatalog, Installed
 from attn_core.domain import OneOf
-from attn_core.errors import AttnCoreError, BindError
+from attn_core.errors import AttnCoreError
 from attn_core.resolve import resolve
 from attn_core.runtime import BoundGroup
 from attn_core.runtime.backend import bind_decision
 from attn_core.spec import AttentionSpec, BackendSpec, Constraint, Device, EngineOptions
 from attn_core.testing import reference
 from attn_core.testing.compare import differences
+from numerics.kernel_cases import (
+    DTYPES,
+    MIXED,
+    Lengths,
+    Step,
+    cross_step,
+    encode_step,
+    fill,
+    random,
+    slots,
+    step,
+    table,
+)
+from simulators.contract import Misuse, Refused
+from simulators.standin import StandIn, installed
 
 DECODE = Lengths((1, 1, 1, 1), (9, 1, 37, 150))
 PREFILL = Lengths((5, 7, 4, 70), (30, 7, 41, 70))
@@ -132,19 +145,33 @@ def make_step(group: BoundGroup, case: Case, seed: int = 0) -> Step:
 
 
 def wrong(made: Step, case: Case) -> list[str]:
-    """What is wrong with the step's result; empty when nothing is. The output is asked for with out= and without."""
+    """What is wrong with the step's result; empty when nothing is.
+
+    Run as planned, without LSE, and with ``out=`` in a plan that served a step of other lengths and pages before.
+    """
     want, want_lse = _wanted(made, case)
+    group = made.group
+    before = make_step(
+        group, replace(case, lengths=_longer(case), bounds=case.bounds and [n + 3 for n in case.bounds]), 1
+    )
+    refilled = replace(made, plan=group.plan(made.batch, out=before.plan))
+    out = torch.full(tuple(want.shape), float("nan"), dtype=group.bindings[_any_role(group)].dtype)
     found = []
-    shape = (*want.shape,)
-    for out in (None, torch.full(shape, float("nan"), dtype=made.group.bindings[_any_role(made.group)].dtype)):
-        got = made.run(return_lse=case.lse, **({} if out is None else {"out": out}))
-        o, lse = got if case.lse else (got, None)
-        if out is not None and o is not out:
+    for step_of_two, given, asked in ((made, {}, case.lse), (made, {}, False), (refilled, {"out": out}, case.lse)):
+        got = step_of_two.run(return_lse=asked, **given)
+        if isinstance(got, Tensor) is asked:
+            return [*found, f"return_lse={asked} gave {type(got).__name__}"]
+        o, lse = got if asked else (got, None)
+        if given and o is not out:
             found.append("out= was not returned")
-        found += differences(
-            o, want, o.dtype, lse=lse, want_lse=want_lse if case.lse else None, ulps=case.ulps
-        )
+        found += differences(o, want, o.dtype, lse=lse, want_lse=want_lse if asked else None, ulps=case.ulps)
     return found
+
+
+def _longer(case: Case) -> Lengths:
+    """Other lengths of a step of the same kind."""
+    query, kv = case.lengths.query, [n + 3 for n in case.lengths.kv]
+    return Lengths(kv, kv) if case.spec.get("attn_type") == "encoder_only" else Lengths(query, kv)
 
 
 def _any_role(group: BoundGroup) -> str:
@@ -177,7 +204,9 @@ def check(rows: Rows, case: Case, *stand_ins: StandIn, seed: int = 0) -> BoundGr
 # Materialised MLA -----------------------------------------------------------------------------------------------------
 
 
-def wrong_materialised(group: BoundGroup, lengths: Lengths, *, lse: bool = True, chunk_tokens: int | None = None) -> list[str]:
+def wrong_materialised(
+    group: BoundGroup, lengths: Lengths, *, lse: bool = True, chunk_tokens: int | None = None
+) -> list[str]:
     """Prefill rows with and without cached context, over keys expanded by random weights; what is wrong with it."""
     s, g = group.spec, torch.Generator().manual_seed(0)
     page = group.page_size or 1
@@ -223,7 +252,7 @@ def wrong_materialised(group: BoundGroup, lengths: Lengths, *, lse: bool = True,
 
 @dataclass(frozen=True)
 class Mutation:
-    """A small wrong in an adapter's source: ``old`` becomes ``new``, everywhere it stands unless ``count`` says less."""
+    """A small wrong in an adapter's source: ``old`` becomes ``new`` wherever it stands."""
 
     what: str
     module: str
@@ -233,9 +262,14 @@ class Mutation:
     """How often ``old`` must stand there; otherwise the mutation no longer says what it did."""
 
 
+def mutations(module: str, table: Mapping[str, tuple[str, str] | tuple[str, str, int]]) -> list[Mutation]:
+    """Mutations of one module: what -> (old, new) or (old, new, count)."""
+    return [Mutation(what, module, *change) for what, change in table.items()]
+
+
 @contextmanager
 def mutated(mutation: Mutation) -> Iterator[None]:
-    """The plugin's kernel modules imported anew, with the mutation in one of them; the old ones come back after."""
+    """All adapters imported anew, with the mutation in one module; the old ones come back after."""
     module = importlib.import_module(mutation.module)
     source = inspect.getsource(module)
     if source.count(mutation.old) != mutation.count:
@@ -244,25 +278,30 @@ def mutated(mutation: Mutation) -> Iterator[None]:
             f"{mutation.module}, expected {mutation.count}; adapt the mutation to the source"
         )
     code = compile(source.replace(mutation.old, mutation.new), f"<{mutation.what}>", "exec")
-    package = mutation.module.rpartition(".")[0]
-    saved = {n: m for n, m in sys.modules.items() if n.startswith(f"{package}.")}
-    for name in saved:
-        del sys.modules[name]
+    saved = {name: m for name, m in sys.modules.items() if ADAPTERS.match(name)}
     changed = types.ModuleType(mutation.module)
-    changed.__package__, changed.__file__ = package, module.__file__
-    sys.modules[mutation.module] = changed
-    parent, leaf = sys.modules[package], mutation.module.rpartition(".")[2]
-    setattr(parent, leaf, changed)
+    changed.__package__, changed.__file__ = mutation.module.rpartition(".")[0], module.__file__
     try:
+        _replace({mutation.module: changed})
         exec(code, changed.__dict__)
         yield
     finally:
-        for name in [n for n in sys.modules if n.startswith(f"{package}.")]:
-            del sys.modules[name]
-        sys.modules.update(saved)
-        for name, old in saved.items():
-            if name.rpartition(".")[0] == package:
-                setattr(parent, name.rpartition(".")[2], old)
+        _replace(saved)
+
+
+ADAPTERS = re.compile(r"(attn_plugin_\w+\.kernels|attn_core\.adapters)(\.|$)")
+"""Modules that adapters are made of."""
+
+
+def _replace(modules: Mapping[str, types.ModuleType]) -> None:
+    """Make these the only modules of adapters that are imported."""
+    for name in [n for n in sys.modules if ADAPTERS.match(n)]:
+        del sys.modules[name]
+    for name, module in modules.items():
+        sys.modules[name] = module
+        parent, _, leaf = name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], leaf, module)
 
 
 CATCHING = (Refused, Misuse, AttnCoreError, TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)

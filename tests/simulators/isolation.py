@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from numerics.kernel_cases import Step
-from simulators.fake_device import OnDevice, devices
-from simulators.harness import Case, Rows, bound, make_step
-from simulators.standin import StandIn, installed
 from torch import Tensor
 
 from attn_core import Batch
 from attn_core.runtime import BoundGroup
+from numerics.kernel_cases import Step
+from simulators.fake_device import OnDevice, devices
+from simulators.harness import Case, Rows, bound, make_step
+from simulators.standin import StandIn, installed
 
 Pairs = Sequence[tuple[Rows, Case]]
 Make = Callable[[], Sequence[StandIn]]

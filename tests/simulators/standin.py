@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
 from simulators.contract import Contract, Function
 from simulators.fake_device import unrecorded
 
@@ -42,10 +43,12 @@ class StandIn:
 
     def members(self) -> Iterator[tuple[str, Any]]:
         """(dotted path, object) of everything a user may import."""
-        for name, function in self.contract.functions.items():
-            if function.kind == "class":
-                yield name, self._class(name)
-            elif function.kind in ("function", "torch_op"):
+        functions = self.contract.functions
+        members = {n.rpartition(".")[0] for n, f in functions.items() if f.kind in ("method", "static")}
+        for name in sorted(members | {n for n, f in functions.items() if f.kind == "class"}):
+            yield name, self._class(name)
+        for name, function in functions.items():
+            if function.kind in ("function", "torch_op"):
                 yield name, self._function(function)
         yield from self.values.items()
 
@@ -71,7 +74,8 @@ class StandIn:
             if dotted != name and dotted.rpartition(".")[0] != name:
                 continue
             method = "__init__" if dotted == name else dotted.rpartition(".")[2]
-            body[method] = self._method(function, getattr(base, method, None))
+            own = self.answers.get(dotted) if function.kind == "static" else None
+            body[method] = self._method(function, own or getattr(base, method, None))
         return type(name.rpartition(".")[2], (base,), {**body, "__module__": name.rpartition(".")[0]})
 
     def _method(self, function: Function, answer: Callable[..., Any] | None) -> Any:
@@ -137,7 +141,11 @@ def installed(*stand_ins: StandIn) -> Iterator[None]:
                 setattr(owner, leaf, value)
             else:
                 setattr(_module(path, modules), leaf, value)
-    saved = {name: sys.modules[name] for name in list(sys.modules) if name.split(".")[0] in {m.split(".")[0] for m in modules}}
+    saved = {
+        name: sys.modules[name]
+        for name in list(sys.modules)
+        if name.split(".")[0] in {m.split(".")[0] for m in modules}
+    }
     for name in saved:
         del sys.modules[name]
     sys.modules.update(modules)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from simulators import condense
 from simulators.contract import HERE, Contract, Refused, signature
 from simulators.standin import StandIn, installed
@@ -57,7 +58,11 @@ def extracted(folder):
         {"name": "needed", "kind": p, "default": None}, {"name": "rest", "kind": "VAR_KEYWORD", "default": None},
     ]}  # fmt: skip
     run = {"parameters": [{"name": "x", "kind": p, "default": None}]}
-    plain = {"package": "pkg", "version": "1.2", "functions": {"pkg.f": f, "pkg.W": {**run, "constructor_of": "W"}, "pkg.W.run": run}}
+    plain = {
+        "package": "pkg",
+        "version": "1.2",
+        "functions": {"pkg.f": f, "pkg.W": {**run, "constructor_of": "W"}, "pkg.W.run": run},
+    }
     (folder / "plain.json").write_text(json.dumps(plain))
     block = {"distribution": "pkg-fork", "commit": "0123456789abcdef", "functions": {"pkg.f": f}}
     (folder / "variants.json").write_text(json.dumps({"package": "pkg", "variants": {"fork": block}}))
@@ -122,6 +127,9 @@ def test_limits():
 
 def test_the_script_runs_from_a_shell(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(HERE.parent / "condense.py"), str(tmp_path), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, str(HERE.parent / "condense.py"), str(tmp_path), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "--check" in done.stdout

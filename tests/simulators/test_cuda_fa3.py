@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from simulators import cuda_fa3
 from simulators.contract import Contract, Misuse, Refused
 from simulators.standin import installed
@@ -86,7 +87,12 @@ def test_quirk_metadata_is_of_one_call(fa3):
     assert torch.equal(right, fa3.flash_attn_with_kvcache(q, k, v, **given))
     longer = torch.cat((metadata(fa3, given), torch.zeros(5, dtype=torch.int32)))
     fa3.flash_attn_with_kvcache(q, k, v, **given, scheduler_metadata=longer)
-    others = ({"num_heads": 8}, {"window_size": (3, 0)}, {"num_splits": 1}, {"cache_seqlens": given["cache_seqlens"] - 1})
+    others = (
+        {"num_heads": 8},
+        {"window_size": (3, 0)},
+        {"num_splits": 1},
+        {"cache_seqlens": given["cache_seqlens"] - 1},
+    )
     for other in others:
         with pytest.raises(Misuse, match="another call"):
             fa3.flash_attn_with_kvcache(q, k, v, **given, scheduler_metadata=metadata(fa3, given, **other))
@@ -96,8 +102,8 @@ def test_quirk_k_new_counted_by_metadata_only(fa3):
     q, k, v, given = paged()
     new = torch.tensor([0, 1, 2, 5], dtype=torch.int32)
     fa3.flash_attn_with_kvcache(q, k, v, **given, cu_seqlens_k_new=new)
+    made = metadata(fa3, given, cu_seqlens_k_new=new)
     with pytest.raises(Misuse):
-        made = metadata(fa3, given, cu_seqlens_k_new=new)
         fa3.flash_attn_with_kvcache(q, k, v, **given, cu_seqlens_k_new=new, scheduler_metadata=made)
 
 

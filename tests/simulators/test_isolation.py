@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from simulators import cuda_fa3
 from simulators.fake_device import OnDevice, devices, unrecorded
-from simulators.harness import Case, Mutation, device, mutated, rows_of
+from simulators.harness import Case, Mutation, device, mutated, mutations, rows_of
 from simulators.isolation import check_isolation, check_two_devices
 
 ROWS = rows_of("cuda", device("cuda", "sm_90"), "fa3")
 PAIRS = [(ROWS, Case(name="plain")), (ROWS, Case(name="window", spec={"sliding_window": 5}))]
 NEW = "step = Step(page_size, capture) if out is None else out"
-SHARED = [
-    Mutation("one step per backend", "attn_plugin_cuda.kernels.fa3", NEW, "step = plan.__dict__.setdefault('step', Step(page_size, capture))"),
-    Mutation("one step per process", "attn_plugin_cuda.kernels.fa3", NEW, "step = Kernels.__dict__.get('step') or setattr(Kernels, 'step', Step(page_size, capture)) or Kernels.step"),
-]  # fmt: skip
+NEWLY = "Step(page_size, capture)"
+SHARED = mutations(
+    "attn_plugin_cuda.kernels.fa3",
+    {
+        "one step per backend": (NEW, f"step = plan.__dict__.setdefault('step', {NEWLY})"),
+        "one step per process": (
+            NEW, f"step = vars(Kernels).get('step') or setattr(Kernels, 'step', {NEWLY}) or Kernels.step",
+        ),
+    },
+)  # fmt: skip
 
 
 def make():
@@ -35,14 +42,14 @@ def test_shared_steps_are_noticed(mutation):
 
 def test_waiting_for_the_device_is_noticed():
     old, new = "batch.max_query_len, batch.max_kv_len", "batch.max_query_len, int(batch.kv_lens_device.max())"
-    waits = Mutation("a wait in plan", "attn_plugin_cuda.kernels.paged", old, new)
+    waits = Mutation("a wait in plan", "attn_core.adapters.paged", old, new)
     with mutated(waits), pytest.raises(AssertionError, match="waits"):
         check_two_devices(PAIRS[:1], make)
 
 
 def test_a_tensor_on_the_wrong_device_is_noticed():
     old, new = "batch.kv_lens_device, table", "batch.kv_lens, table"
-    with mutated(Mutation("host lengths", "attn_plugin_cuda.kernels.paged", old, new)), pytest.raises(RuntimeError):
+    with mutated(Mutation("host lengths", "attn_core.adapters.paged", old, new)), pytest.raises(RuntimeError):
         check_two_devices(PAIRS[:1], make)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from simulators.purity import state
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,9 @@ from operator import attrgetter
 LIMIT = 128 << 20
 NAMES = ("a", *MORE)
 step_of = attrgetter("decode")
+class Names(NamedTuple):
+    a: str
+V1 = Names("x")
 class Step:
     __slots__ = ["a"]
     rows: int

@@ -1,8 +1,7 @@
-"""NVIDIA GPUs for attn-core: which are here, what their kernels promise, and the rules among them.
+"""NVIDIA GPUs for attn-core: which are here, what their kernels promise, the rules among them, and adapters.
 
-Declarations only. The kernel adapters are not shipped yet: every row has ``bind=None``, so decisions can be made and
-explained, and binding one raises ``BindError`` ("declared, adapter not yet shipped"). Importing this imports no torch,
-no kernel package and touches no device.
+The rows of ``backends`` and ``backends_mla`` name the adapters in ``kernels``, which are imported when a backend is
+bound. Importing this imports no torch, no kernel package and touches no device.
 """
 
 from __future__ import annotations

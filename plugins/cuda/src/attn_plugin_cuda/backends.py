@@ -66,6 +66,9 @@ CUTLASS_DSL = Requirement(
 
 FLASHINFER_CUDA = {"sm_100": "12.8", "sm_103": "12.9", "sm_110": "13.0", "sm_120": "12.8", "sm_121": "12.9"}
 """Arch -> oldest CUDA that FlashInfer compiles it for (FI utils.py, is_sm100a_supported and its kin)."""
+KERNELS = "attn_plugin_cuda.kernels"
+EVERY_STEP = "every step"
+"""Of a kernel that the adapter names to its package: no rule of the package's own decides."""
 TRTLLM_GEN = frozenset({"tcgen05", "tmem", "sm_100f"})
 """trtllm-gen ships binaries for the sm_100 family and nothing else (FI fmhaRunner.cuh:37)."""
 
@@ -93,7 +96,7 @@ _FI = (
     "(widths); sglang PR 23139, PR 18758; vLLM flashinfer.py:696 (Turing)"
 )
 _FI_ANY = {
-    "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "deterministic": True,
+    "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "deterministic": True, "native_out": True,
 }  # fmt: skip
 _FI_PAGED = {
     **_FI_ANY, "attn_type": ["decoder", "cross"], "head_dims": [(64, 64), (128, 128), (256, 256), (192, 128)],
@@ -105,8 +108,12 @@ _FI_PAGED = {
 def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
     requires = flashinfer_needs(device)
     tuned: dict[str, Any] = {"tier": Tier.TUNED, "requires": requires}
-    fa2 = {"needs": {"mma_sync", "cp_async"}, **tuned}
+    fa2 = {
+        "needs": {"mma_sync", "cp_async"}, "bind": f"{KERNELS}.flashinfer:bind",
+        "variants": {"fa2": EVERY_STEP}, **tuned,
+    }  # fmt: skip
     return (
+        *(_flashinfer_hopper(requires) if device.arch == "sm_90" else ()),
         # Ragged and not causal. Widths below 64 run padded; the scale stays the model's own.
         *table(
             "flashinfer",
@@ -134,12 +141,15 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
                     "dtype": HALF, "device.arch": ["sm_120", "sm_121"], "head_dim": MultipleOf(16, max=256),
                     "custom_scale": True, "sliding_window": True, "page_size": [16, 32, 64, 128],
                     "kv_cache_dtype": ["auto", "fp8_e4m3"], "kv_layout": ["NHD", "HND"], "graph": CAPTURED,
-                    "host_lengths": BOTH_LENGTHS,
+                    "host_lengths": BOTH_LENGTHS, "native_out": True,
                 }
             },
+            bind=f"{KERNELS}.xqa:bind",
+            variants={"xqa": EVERY_STEP},
             **tuned,
         ),
-        # Compiled for majors 9, 10 and 12; its workspace holds 2 to 16 ranks.
+        # Compiled for majors 9, 10 and 12; its workspace holds 2 to 16 ranks. Not bound: it is no attention call, and
+        # its workspace needs the engine's process group.
         *table(
             "flashinfer",
             "FI jit/comm.py:47,182,198,406; sglang PR 18758",
@@ -151,6 +161,32 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
             },
             **tuned,
         ),
+    )  # fmt: skip
+
+
+def _flashinfer_hopper(requires: tuple[Requirement, ...]) -> tuple[BackendSpec, ...]:
+    """flashinfer's fa3 kernels: what its own rule takes on Hopper. No masks, no 8-bit caches under 16-bit queries, and
+    no fixed splits."""
+    accepts = {
+        "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "native_out": True,
+    }  # fmt: skip
+    pairs = [(64, 64), (128, 128), (256, 256), (192, 128)]
+    return table(
+        "flashinfer",
+        "FI utils.py:616 (is_fa3_backend_supported, is_fa3_prefill_head_dim_supported), prefill.py",
+        {
+            "encode": {**accepts, "attn_type": ["encoder_only"], "head_dim": [64, 128, 256], "graph": ENCODER},
+            "prefill": {
+                **accepts, "attn_type": ["decoder", "cross"], "head_dims": pairs, "unequal_v": True, "page_size": ANY,
+                "sliding_window": True, "kv_layout": ["NHD", "HND"], "graph": NOT_CAPTURED,
+            },
+        },
+        tier=Tier.TUNED,
+        rank=-1,
+        needs={"wgmma", "tma"},
+        requires=(*requires, cuda("12.3")),
+        bind=f"{KERNELS}.flashinfer:bind_fa3",
+        variants={"fa3": EVERY_STEP},
     )  # fmt: skip
 
 
@@ -177,6 +213,7 @@ _FA2 = table(
     rank=50,
     needs={"mma_sync", "cp_async"},
     requires=(FLASH_ATTN,),
+    bind=f"{KERNELS}.fa2:bind",
 )
 
 # ---- fa3 -------------------------------------------------------------------------------------------------------------
@@ -185,13 +222,15 @@ _FA2 = table(
 
 _FA3_ANY = {
     "dtype": HALF, "head_dim": MultipleOf(8, max=256), "sliding_window": True, "logit_softcap": True,
-    "custom_scale": True, "lse": True, "deterministic": True, "graph": CAPTURED,
+    "custom_scale": True, "lse": True, "deterministic": True, "graph": CAPTURED, "native_out": True,
 }  # fmt: skip
 _FA3_PAGED = {
     **_FA3_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True, "sinks": True, "attention_chunk": True,
     "page_size": ANY, "kv_cache_dtype": ["auto", "fp8_e4m3"], "host_lengths": BOTH_LENGTHS,
 }  # fmt: skip
-FA3_NEEDS: dict[str, Any] = {"needs": {"wgmma", "tma"}, "requires": (SGL_KERNEL, cuda("12.3"))}
+FA3_NEEDS: dict[str, Any] = {
+    "needs": {"wgmma", "tma"}, "requires": (SGL_KERNEL, cuda("12.3")), "bind": f"{KERNELS}.fa3:bind",
+}  # fmt: skip
 _FA3 = table(
     "fa3",
     "SK sgl_kernel/flash_attn.py (sinks, attention_chunk); FA hopper/ (widths, fp8); SGLang is_fa3_supported; "
@@ -214,21 +253,28 @@ _FA4_ANY = {
 }  # fmt: skip
 _FA4_PAGED = {
     **_FA4_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True, "sinks": True, "page_size": [128],
-    "head_dims": [*((w, w) for w in range(8, 129, 8)), (192, 128), (256, 256)],
-    "kv_cache_dtype": ["auto", "fp8_e4m3"], "host_lengths": BOTH_LENGTHS,
+    "head_dims": [*((w, w) for w in range(8, 129, 8)), (192, 128), (256, 256)], "host_lengths": BOTH_LENGTHS,
 }  # fmt: skip
-_FA4 = table(
-    "fa4",
-    "FA4 flash_attn/cute/interface.py:844-1775; vLLM fa_utils.py (head_dim 256); SGLang (page 128 on SM100)",
-    {
-        "encode": {**_FA4_ANY, "attn_type": ["encoder_only"], "head_dim": MultipleOf(8, max=128)},
-        "prefill": _FA4_PAGED,
-        "decode": {**_FA4_PAGED, "verify_width": ANY},
-    },
-    tier=Tier.BEST,
-    rank=10,
-    needs={"tcgen05", "tmem"},
-    requires=(FLASH_ATTN_4, CUTLASS_DSL, cuda("12.8")),
+_FA4_SOURCES = "FA4 flash_attn/cute/interface.py:844-1775; vLLM fa_utils.py (head_dim 256); SGLang (page 128 on SM100)"
+_FA4_ROW: dict[str, Any] = {
+    "tier": Tier.BEST, "rank": 10, "needs": {"tcgen05", "tmem"},
+    "requires": (FLASH_ATTN_4, CUTLASS_DSL, cuda("12.8")),
+}  # fmt: skip
+_FA4_FP8 = {**_FA4_PAGED, "kv_cache_dtype": ["fp8_e4m3"]}
+_FA4 = (
+    *table(
+        "fa4",
+        _FA4_SOURCES,
+        {
+            "encode": {**_FA4_ANY, "attn_type": ["encoder_only"], "head_dim": MultipleOf(8, max=128)},
+            "prefill": _FA4_PAGED,
+            "decode": {**_FA4_PAGED, "verify_width": ANY},
+        },
+        bind=f"{KERNELS}.fa4:bind",
+        **_FA4_ROW,
+    ),
+    # The wheel's public function takes no descales: decided and explained for engines with builds of their own.
+    *table("fa4", _FA4_SOURCES, {"prefill": _FA4_FP8, "decode": {**_FA4_FP8, "verify_width": ANY}}, **_FA4_ROW),
 )
 
 # ---- trtllm_mha ------------------------------------------------------------------------------------------------------
@@ -237,7 +283,7 @@ _FA4 = table(
 _TRTLLM_ANY = {
     "dtype": HALF, "head_dim": [64, 128, 256], "sliding_window": True, "sinks": True, "custom_scale": True,
     "page_size": [64, 32, 16], "kv_cache_dtype": ["auto", "fp8_e4m3"], "kv_layout": ["HND", "NHD"],
-    "host_lengths": BOTH_LENGTHS,
+    "host_lengths": BOTH_LENGTHS, "native_out": True,
 }  # fmt: skip
 _TRTLLM = table(
     "trtllm_mha",
@@ -250,6 +296,8 @@ _TRTLLM = table(
     tier=Tier.BEST,
     needs=TRTLLM_GEN,
     requires=(FLASHINFER, cuda("12.8")),
+    bind=f"{KERNELS}.trtllm_mha:bind",
+    variants={"trtllm-gen": EVERY_STEP},
 )
 
 
@@ -276,6 +324,27 @@ def _rules() -> Iterable[Constraint]:
             then={"head_dim": MultipleOf(16)},
             because="fa3 reads fp8 caches in rows of 16 bytes",
             evidence="FA hopper/flash_api.cpp (head_dim % 16 for fp8)",
+        )
+        yield Constraint(
+            name=f"fa3-{role}-fp8-output",
+            when={role: "fa3", "kind": "mha", "kv_cache_dtype": "fp8_e4m3"},
+            then={"dtype": "bfloat16"},
+            because="fa3 reads an fp8 cache with q in fp8, and then its output is bfloat16",
+            evidence="FA hopper/flash_api.cpp (output of fp8 inputs); SGLang flashattention_backend.py (q to fp8)",
+        )
+        yield Constraint(
+            name=f"fp8-latents-{role}",
+            when={role: ["cutlass_mla", "cutedsl_mla"], "kind": "mla", "kv_cache_dtype": "fp8_e4m3"},
+            then={"dtype": "bfloat16"},
+            because="these kernels read an fp8 cache with q in fp8, and then their output is bfloat16",
+            evidence="vLLM cutlass_mla.py; FI trtllm_batch_decode_with_kv_cache_mla",
+        )
+        yield Constraint(
+            name=f"trtllm-{role}-fp8",
+            when={role: "trtllm_mha", "kv_cache_dtype": "fp8_e4m3"},
+            then={"dtype": "bfloat16"},
+            because="trtllm-gen reads an fp8 cache with bfloat16 queries, not with float16 ones",
+            evidence="FI trtllm_batch_decode_with_kv_cache (uses_bf16q_fp8kv)",
         )
         yield Constraint(
             name=f"fa4-{role}-head-dim-256",

@@ -16,9 +16,11 @@ from attn_plugin_cuda.backends import (
     BOTH_LENGTHS,
     CAPTURED,
     CUTLASS_DSL,
+    EVERY_STEP,
     FA3_NEEDS,
     FLASHINFER,
     HALF,
+    KERNELS,
     NOT_CAPTURED,
     TRTLLM_GEN,
     cuda,
@@ -49,6 +51,7 @@ _LATENT = {
 _PACKED = {**_LATENT, "mla_query": "packed"}
 _EITHER = {**_LATENT, "mla_query": ["packed", "split"]}
 _EXPANDED_512 = {**_EXPANDED, "head_dims": [(192, 128), (256, 256)]}
+_FILLS = {"native_out": True}
 _MATERIALISED: dict[str, Any] = {"form": "materialised"}
 _ABSORBED: dict[str, Any] = {"form": "absorbed"}
 
@@ -62,20 +65,52 @@ _FI_LATENT = "FI mla/_batch_mla/_backends/_capabilities.py; sglang PR 18758 (SM1
 
 def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
     favoured = device.arch in _FI_FAVOURED
+    requires, rank = flashinfer_needs(device), 0 if favoured else 50
     more: dict[str, Any] = {
-        "tier": Tier.TUNED if favoured else Tier.PORTABLE, "rank": 0 if favoured else 50,
-        "needs": {"mma_sync", "cp_async"}, "requires": flashinfer_needs(device),
+        "tier": Tier.TUNED if favoured else Tier.PORTABLE, "needs": {"mma_sync", "cp_async"},
     }  # fmt: skip
-    # fp8 caches only through the fa3 kernel, hence Hopper
-    cache = ["auto", "fp8_e4m3"] if device.arch == "sm_90" else ["auto"]
     decode = {
-        **_EITHER, "head_dims": [(576, 512), (320, 256)], "page_size": ANY, "kv_cache_dtype": cache, "lse": True,
+        **_EITHER, "head_dims": [(576, 512), (320, 256)], "page_size": ANY, "lse": True, "native_out": True,
         "verify_width": ANY, "device.shared_memory_per_block": MultipleOf(1, min=92672),
     }  # fmt: skip
-    prefill = {**_EXPANDED, "head_dims": [(192, 128), (128, 128), (256, 256)], "logit_softcap": True}
+    prefill = {**_EXPANDED, "head_dims": [(192, 128), (128, 128), (256, 256)], "logit_softcap": True, **_FILLS}
+    hopper: tuple[BackendSpec, ...] = ()
+    if device.arch == "sm_90":  # where flashinfer's fa3 kernel runs; fp8 caches go through it alone
+        hopper = table(
+            "flashinfer",
+            f"{_FI_LATENT}; FI _fa_common.py (fp8 on SM90 with latent 512)",
+            {"decode": {**decode, "kv_cache_dtype": ["auto", "fp8_e4m3"]}},
+            requires=(*requires, cuda("12.3")),
+            rank=rank - 1,
+            bind=f"{KERNELS}.flashinfer_mla:bind_fa3",
+            variants={"fa3": EVERY_STEP},
+            **_ABSORBED,
+            **{**more, "needs": {*more["needs"], "wgmma"}},
+        )
     return (
-        *table("flashinfer", _FI_RAGGED, {"prefill": prefill}, **_MATERIALISED, **more),
-        *table("flashinfer", _FI_LATENT, {"decode": decode}, **_ABSORBED, **more),
+        *table(
+            "flashinfer",
+            _FI_RAGGED,
+            {"prefill": prefill},
+            requires=requires,
+            rank=rank,
+            bind=f"{KERNELS}.flashinfer:bind",
+            variants={"fa2": EVERY_STEP},
+            **_MATERIALISED,
+            **more,
+        ),
+        *hopper,
+        *table(
+            "flashinfer",
+            _FI_LATENT,
+            {"decode": decode},
+            requires=requires,
+            rank=rank,
+            bind=f"{KERNELS}.flashinfer_mla:bind",
+            variants={"fa2": EVERY_STEP},
+            **_ABSORBED,
+            **more,
+        ),
     )
 
 
@@ -85,7 +120,7 @@ _FA3 = (
     *table(
         "fa3",
         "SK sgl_kernel/flash_attn.py; FA hopper/ (192/128); SGLang flashattention_backend.py (MLA prefill expanded)",
-        {"prefill": {**_EXPANDED_512, "graph": CAPTURED, "host_lengths": BOTH_LENGTHS}},
+        {"prefill": {**_EXPANDED_512, "graph": CAPTURED, "host_lengths": BOTH_LENGTHS, "native_out": True}},
         tier=Tier.BEST,
         **_MATERIALISED,
         **FA3_NEEDS,
@@ -96,7 +131,7 @@ _FA3 = (
         {
             "decode": {
                 **_EITHER, "page_size": ANY, "kv_cache_dtype": ["auto"], "lse": True, "verify_width": ANY,
-                "host_lengths": BOTH_LENGTHS, "kv_offload_io": NoneOf("kernel"),
+                "host_lengths": BOTH_LENGTHS, "kv_offload_io": NoneOf("kernel"), "native_out": True,
             }
         },
         tier=Tier.BEST,
@@ -109,48 +144,66 @@ _FA3 = (
 # Decode kernels. Their names stand for a whole backend in engines, where FlashInfer's ragged kernel prefills.
 
 _BEHIND: dict[str, Any] = {"tier": Tier.TUNED, "rank": 30}
+_RAGGED_FI: dict[str, Any] = {**_MATERIALISED, "bind": f"{KERNELS}.flashinfer:bind"}
+_FLASHMLA_LATENT = {
+    **_PACKED, "page_size": [64], "lse": True, "verify_width": ANY, "host_lengths": BOTH_LENGTHS,
+    "device.arch": ["sm_90"],
+}  # fmt: skip
+_FLASHMLA_ROW: dict[str, Any] = {
+    "needs": {"wgmma", "tma"}, "requires": (FLASH_MLA, cuda("12.8")), **_BEHIND, **_ABSORBED,
+}  # fmt: skip
+_FLASHMLA_SOURCES = (
+    "FMLA README (dense decode on SM90, page 64); vLLM v1/attention/ops/flashmla.py; SFM flash_mla/_loader.py"
+)
 _FLASHMLA = (
     *table(
         "flashmla",
         f"SGLang flashmla_backend.py (prefill is FlashInfer's); {_FI_RAGGED}",
-        {"prefill": _EXPANDED_512},
+        {"prefill": {**_EXPANDED_512, **_FILLS}},
         needs={"wgmma"},
         requires=(FLASHINFER, FLASH_MLA),
         **_BEHIND,
-        **_MATERIALISED,
+        **_RAGGED_FI,
     ),
     *table(
         "flashmla",
-        "FMLA README (dense decode on SM90, page 64); vLLM v1/attention/ops/flashmla.py; SFM flash_mla/_loader.py",
-        {
-            "decode": {
-                **_PACKED, "page_size": [64], "kv_cache_dtype": ["auto", "fp8_e4m3"], "lse": True,
-                "verify_width": ANY, "host_lengths": BOTH_LENGTHS, "device.arch": ["sm_90"],
-            }
-        },
-        needs={"wgmma", "tma"},
-        requires=(FLASH_MLA, cuda("12.8")),
-        **_BEHIND,
-        **_ABSORBED,
+        _FLASHMLA_SOURCES,
+        {"decode": _FLASHMLA_LATENT},
+        bind=f"{KERNELS}.flashmla:bind",
+        **_FLASHMLA_ROW,
+    ),
+    # The fp8 kernel takes descales whose shapes no source states: decided and explained, not bound.
+    *table(
+        "flashmla",
+        f"{_FLASHMLA_SOURCES}; SFM fwd_kvcache_mla_fp8",
+        {"decode": {**_FLASHMLA_LATENT, "kv_cache_dtype": ["fp8_e4m3"]}},
+        **_FLASHMLA_ROW,
     ),
 )  # fmt: skip
 _CUTLASS = (
     *table(
         "cutlass_mla",
         f"SGLang cutlass_mla_backend.py (prefill is FlashInfer's); {_FI_RAGGED}",
-        {"prefill": _EXPANDED_512},
+        {"prefill": {**_EXPANDED_512, **_FILLS}},
         needs={"tcgen05", "tmem", "sm_100f"},
         requires=(FLASHINFER, cuda("12.8")),
         **_BEHIND,
-        **_MATERIALISED,
+        **_RAGGED_FI,
     ),
     # vLLM's op takes the model's scale; FlashInfer's own is fixed to 1/sqrt(192), which YaRN models do not have.
     *table(
         "cutlass_mla",
-        "vLLM cutlass_mla.py:65, torch.ops._C.sm100_cutlass_mla_decode (major 10 only, page 128)",
-        {"decode": {**_EITHER, "page_size": [128], "kv_cache_dtype": ["auto", "fp8_e4m3"], "lse": True}},
+        "vLLM cutlass_mla.py:65 (128 heads, others padded), torch.ops._C.sm100_cutlass_mla_decode (major 10, page 128)",
+        {
+            "decode": {
+                **_EITHER, "page_size": [128], "kv_cache_dtype": ["auto", "fp8_e4m3"], "lse": True,
+                "num_heads": [128], **_FILLS,
+            }
+        },
         needs={"tcgen05", "tmem", "sm_100f"},
         requires=(VLLM, cuda("12.8")),
+        pads={"num_heads"},
+        bind=f"{KERNELS}.cutlass_mla:bind",
         **_BEHIND,
         **_ABSORBED,
     ),
@@ -161,16 +214,19 @@ _CUTLASS = (
 _TRTLLM_RAGGED = "FI trtllm_ragged_attention_deepseek; vLLM TRTLLM_RAGGED (192/128 and 256/256 on major 10)"
 _TRTLLM_LATENT = {
     **_PACKED, "page_size": [64, 32], "kv_cache_dtype": ["auto", "fp8_e4m3"], "nope_dim": [128],
-    "verify_width": ANY, "host_lengths": BOTH_LENGTHS,
+    "verify_width": ANY, "host_lengths": BOTH_LENGTHS, **_FILLS,
 }  # fmt: skip
+_TRTLLM_GEN_NAMED = {"trtllm-gen": EVERY_STEP}
 _TRTLLM = (
     *table(
         "trtllm_mla",
         f"{_TRTLLM_RAGGED}; sglang PR 18758 (SM12x has no such kernel)",
-        {"prefill": _EXPANDED_512},
+        {"prefill": {**_EXPANDED_512, **_FILLS}},
         tier=Tier.BEST,
         needs=TRTLLM_GEN,
         requires=(FLASHINFER, cuda("12.8")),
+        bind=f"{KERNELS}.trtllm_mla:bind",
+        variants=_TRTLLM_GEN_NAMED,
         **_MATERIALISED,
     ),
     *table(
@@ -180,6 +236,8 @@ _TRTLLM = (
         tier=Tier.BEST,
         needs=TRTLLM_GEN,
         requires=(FLASHINFER, cuda("12.8")),
+        bind=f"{KERNELS}.trtllm_mla:bind",
+        variants=_TRTLLM_GEN_NAMED,
         **_ABSORBED,
     ),
 )
@@ -187,11 +245,13 @@ _CUTEDSL = (
     *table(
         "cutedsl_mla",
         f"SGLang cutedsl_mla (prefill becomes trtllm_mla); {_TRTLLM_RAGGED}",
-        {"prefill": _EXPANDED_512},
+        {"prefill": {**_EXPANDED_512, **_FILLS}},
         tier=Tier.BEST,
         rank=10,
         needs=TRTLLM_GEN,
         requires=(FLASHINFER, cuda("12.8")),
+        bind=f"{KERNELS}.trtllm_mla:bind_cutedsl",
+        variants=_TRTLLM_GEN_NAMED,
         **_MATERIALISED,
     ),
     *table(
@@ -202,6 +262,8 @@ _CUTEDSL = (
         rank=10,
         needs=TRTLLM_GEN,
         requires=(FLASHINFER, CUTLASS_DSL, cuda("12.8")),
+        bind=f"{KERNELS}.trtllm_mla:bind_cutedsl",
+        variants={"cute-dsl, monolithic": EVERY_STEP},
         **_ABSORBED,
     ),
 )
@@ -216,7 +278,9 @@ _DSA = {
 }  # fmt: skip
 _DSA_FP8 = {**_DSA, "kv_layout": ["DSA_FP8"], "kv_cache_dtype": ["fp8_e4m3"]}
 _DSA_BF16 = {**_DSA, "kv_cache_dtype": ["auto"]}
-_DSA_ROW: dict[str, Any] = {"tier": Tier.BEST, "requires": (FLASH_MLA, cuda("12.8")), **_ABSORBED}
+_DSA_ROW: dict[str, Any] = {
+    "tier": Tier.BEST, "requires": (FLASH_MLA, cuda("12.8")), "bind": f"{KERNELS}.dsa:bind", **_ABSORBED,
+}  # fmt: skip
 _DSA_TABLE = (
     *table(
         "dsa",

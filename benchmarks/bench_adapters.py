@@ -1,0 +1,194 @@
+"""What vendors' adapters cost on the host, over the bare vendor call: every function of the vendor has an empty body.
+
+``call``: one decode call over calling the vendor's function with the same arguments, the views included that its shapes
+ask for. ``plan``: refilling a decode plan, vendors' planners empty, with what is derived from a batch of its own, per
+batch and per further sequence. CPU time; allocations on a device are not seen here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Result, cpu_time, result
+
+from attn_core import Batch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from numerics.kernel_cases import Lengths, Step
+from simulators import cuda_fa2, cuda_fa3, cuda_fa4, cuda_flash_mla, cuda_flashinfer, intel_xpu, musa_mate, rocm_aiter
+from simulators.harness import Case, Rows, bound, device, make_step, rows_of
+from simulators.standin import Empty, StandIn, installed
+
+MLA = {"kind": "mla"}
+HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+SCHEDULE = cuda_flash_mla.FlashMLASchedMeta
+ADAPTERS: tuple[tuple[str, str, str, dict[str, Any], bool, tuple[StandIn, ...]], ...] = (
+    ("cuda", "fa3", "sm_90", {}, True, (cuda_fa3.stand_in(),)),
+    ("cuda", "fa2", "sm_80", {}, True, (cuda_fa2.stand_in(),)),
+    ("cuda", "fa4", "sm_100", {}, True, (cuda_fa4.stand_in(),)),
+    ("cuda", "flashinfer", "sm_80", {}, True, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "trtllm_mha", "sm_100", {}, False, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "flashinfer", "sm_90", MLA, False, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "fa3", "sm_90", MLA, True, (cuda_fa3.stand_in(),)),
+    ("cuda", "flashmla", "sm_90", MLA, True, (*cuda_flash_mla.stand_ins(), cuda_flashinfer.stand_in())),
+    ("cuda", "trtllm_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
+    ("musa", "fa3", "mp31", {}, True, (musa_mate.stand_in(),)),
+    ("rocm", "aiter", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
+    ("intel", "intel_xpu", "bmg", {}, False, (intel_xpu.stand_in(),)),
+)
+"""plugin, backend, arch, fields of the spec, whether LSE is claimed, what stands in."""
+
+
+class Recorder:
+    """A vendor's function with an empty body, that remembers how it was called and returns what ``like`` says."""
+
+    def __init__(self) -> None:
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.answer: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.given = args, kwargs
+        return self.answer
+
+
+def empties(stand_ins: tuple[StandIn, ...], answer: Any, scheduled: torch.Tensor) -> tuple[StandIn, ...]:
+    """The same packages with empty bodies; calls answer ``answer``, planners a tensor."""
+
+    def body(name: str) -> Any:
+        if "metadata" in name or "Metadata" in name:
+            if name.endswith("get_mla_metadata"):
+                return lambda: (SCHEDULE(), None)
+            if name.endswith("get_mla_decoding_metadata"):
+                return lambda *a, **k: (scheduled, scheduled)
+            return lambda *a, **k: scheduled
+        return lambda *a, **k: answer
+
+    made = []
+    for s in stand_ins:
+        functions = {n: body(n) for n, f in s.contract.functions.items() if f.kind in ("function", "static")}
+        made.append(Empty(s.contract.name, {**functions, **_wrappers(s, answer)}, s.values))
+    return tuple(made)
+
+
+def _wrappers(s: StandIn, answer: Any) -> dict[str, type]:
+    run = {"run": staticmethod(lambda *a, **k: answer), "plan": staticmethod(lambda *a, **k: None)}
+    return {n: type("Wrapper", (), run) for n, f in s.contract.functions.items() if f.kind == "class"}
+
+
+def decode_step(rows: Rows, spec: dict[str, Any], lse: bool, sequences: int, stand_ins: tuple[StandIn, ...]) -> Step:
+    with installed(*stand_ins):
+        group = bound(
+            rows,
+            Case(name="", spec=spec if spec else {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, **spec}, lse=lse),
+        )
+    lengths = Lengths((1,) * sequences, tuple(100 + i % 50 for i in range(sequences)))
+    return make_step(group, Case(name="", lengths=lengths))
+
+
+def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
+    heads, width = (4, 512) if spec else (8, 128)
+    flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
+    if backend in ("fa2", "flashmla", "trtllm_mla"):  # batched interfaces
+        flat = flat[:, None]
+    return (flat, None) if backend in ("fa4", "flashmla") else flat
+
+
+def adapters() -> Iterator[Result]:
+    for plugin, backend, arch, spec, lse, stand_ins in ADAPTERS:
+        name = f"{plugin} {backend}{' mla' if spec else ''}"
+        rows = rows_of(plugin, device(plugin, arch), backend)
+        yield call_cost(name, rows, spec, backend, stand_ins)
+        yield from plan_cost(name, rows, spec, backend, lse, stand_ins)
+
+
+def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_ins: tuple[StandIn, ...]) -> Result:
+    answer = answer_for(spec, backend, 4)
+    step = decode_step(rows, spec, False, 4, empties(stand_ins, answer, torch.zeros(5, dtype=torch.int32)))
+    call = step.group._bound["decode"].kernels.call
+    out = torch.empty(*step.q.shape[:2], step.group.bindings["decode"].v_head_dim, dtype=step.q.dtype)
+    bare = bare_call(lambda: call(step.q, None, None, step.cache, step.plan, out=out), step, answer)
+    through = cpu_time(lambda: call(step.q, None, None, step.cache, step.plan, out=out))
+    alone = cpu_time(bare)
+    added = [(a - b) * 1e6 for a, b in zip(sorted(through), sorted(alone))]
+    return result(f"{name}: decode call over the vendor's", added, "us CPU", limit=1)
+
+
+def bare_call(call: Callable[[], Any], step: Step, answer: Any) -> Callable[[], Any]:
+    """The vendor's function with the arguments that the adapter passes, found by watching one call."""
+    recorder = Recorder()
+    recorder.answer = answer
+    closure = step.group._bound["decode"].kernels.call.__closure__ or ()
+    for cell in closure:
+        vendor = cell.cell_contents
+        if getattr(vendor, "__name__", "") == "<lambda>" and vendor.__module__ == __name__:
+            cell.cell_contents = recorder
+            call()
+            cell.cell_contents = vendor
+            return with_views(vendor, *recorder.given, step.q, answer)
+    wrapper = step.plan.decode if hasattr(step.plan.decode, "run") else step.plan.decode.wrapper
+    run, wrapper.run = wrapper.run, recorder
+    call()
+    wrapper.run = run
+    args, kwargs = recorder.given
+    return lambda: run(*args, **kwargs)
+
+
+def with_views(
+    vendor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], q: torch.Tensor, answer: Any
+) -> Callable[[], Any]:
+    """The bare call on the engine's packed tensors: the views that the vendor's shapes ask for are the vendor's."""
+    first, *rest = args
+    if first.dim() == 4:
+        rows, queries, heads, width = map(int, first.shape)
+        pair = isinstance(answer, tuple)
+        out_width = (answer[0] if pair else answer).shape[-1]
+
+        def batched() -> torch.Tensor:
+            got = vendor(q.view(rows, queries, heads, width), *rest, **kwargs)
+            return (got[0] if pair else got).view(-1, heads, out_width)
+
+        return batched
+    if "qv" in kwargs:
+        widths = (kwargs.pop("qv").shape[-1], first.shape[-1])
+
+        def split() -> torch.Tensor:
+            latent, rope = q.split_with_sizes(widths, -1)
+            return vendor(rope, *rest, qv=latent, **kwargs)
+
+        return split
+    return lambda: vendor(*args, **kwargs)
+
+
+def plan_cost(
+    name: str, rows: Rows, spec: dict[str, Any], backend: str, lse: bool, stand_ins: tuple[StandIn, ...]
+) -> Iterator[Result]:
+    few, many = (_plan_time(rows, spec, backend, lse, n, stand_ins) for n in (4, 260))
+    per_sequence = [(b - a) / 256 * 1e6 for a, b in zip(few, many)]
+    yield result(f"{name}: plan(out=) of 4 sequences", [t * 1e6 for t in few], "us CPU", limit=50)
+    yield result(f"{name}: plan(out=) per further sequence", per_sequence, "us CPU", limit=0.1)
+
+
+def _plan_time(
+    rows: Rows, spec: dict[str, Any], backend: str, lse: bool, sequences: int, stand_ins: tuple[StandIn, ...]
+) -> list[float]:
+    answer = answer_for(spec, backend, sequences)
+    schedule = torch.zeros(sequences + 1, dtype=torch.int32)
+    step = decode_step(rows, spec, lse, sequences, empties(stand_ins, answer, schedule))
+    plan, kept, b = step.group._bound["decode"].kernels.plan, step.plan.decode, step.batch
+    times = []
+    for _ in range(7):  # a batch of its own for every call: deriving offsets and page lists is part of the price
+        batches = [Batch(b.query_lens, b.kv_lens, block_table=b.block_table) for _ in range(200)]
+        start = time.process_time()
+        for batch in batches:
+            plan(batch, out=kept)
+        times.append((time.process_time() - start) / len(batches))
+    return sorted(times)
+
+
+ALL = (adapters,)

@@ -1,0 +1,179 @@
+"""All CUDA backends in one process: nothing they do for one model reaches another, and calls allocate nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_core.errors import MissingKernelError
+from attn_plugin_cuda import attn_backends
+from simulators import cuda_cutlass_mla, cuda_fa2, cuda_fa3, cuda_fa4, cuda_flash_mla, cuda_flashinfer
+from simulators.harness import DECODE, RAGGED, Case, bound, device, make_step, rows_of
+from simulators.isolation import check_isolation, check_two_devices
+from simulators.standin import installed
+
+MLA = {"kind": "mla"}
+BACKENDS = {"fa3": "sm_90", "fa2": "sm_80", "flashinfer": "sm_80", "fa4": "sm_100", "trtllm_mha": "sm_100"}
+LATENT = {
+    "fa3": "sm_90",
+    "flashmla": "sm_90",
+    "flashinfer": "sm_90",
+    "trtllm_mla": "sm_100",
+    "cutedsl_mla": "sm_100",
+    "cutlass_mla": "sm_100",
+}
+
+
+def make():
+    return [
+        cuda_fa2.stand_in(), cuda_fa3.stand_in(), cuda_fa4.stand_in(), cuda_flashinfer.stand_in(),
+        *cuda_flash_mla.stand_ins(), cuda_cutlass_mla.stand_in(),
+    ]  # fmt: skip
+
+
+def pair(backend, arch, **fields):
+    return rows_of("cuda", device("cuda", arch), backend), Case(**{"name": f"{backend} {arch}", "lse": False, **fields})
+
+
+PAIRS = [
+    *(pair(b, arch) for b, arch in BACKENDS.items()),
+    *(pair(b, arch, spec=MLA, lengths=DECODE) for b, arch in LATENT.items()),
+    # two models whose widths are padded differently
+    pair("flashinfer", "sm_80", name="32 -> 64", spec={"attn_type": "encoder_only", "head_dim": 32}, lengths=RAGGED),
+    pair("flashinfer", "sm_80", name="96 -> 128", spec={"attn_type": "encoder_only", "head_dim": 96}, lengths=RAGGED),
+]
+
+
+def test_backends_in_flight_do_not_meet():
+    check_isolation(PAIRS, make)
+
+
+def test_backends_on_two_devices():
+    check_two_devices(PAIRS, make)
+
+
+class Operations(TorchDispatchMode):
+    """Lists what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {
+    "view",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "t",
+    "alias",
+    "slice",
+    "split_with_sizes",
+    "expand",
+    "_unsafe_view",
+}
+FILLING = [("fa3", "sm_90", {}), ("flashinfer", "sm_80", {}), ("trtllm_mha", "sm_100", {}), ("fa3", "sm_90", MLA),
+           ("flashinfer", "sm_90", MLA), ("trtllm_mla", "sm_100", MLA), ("cutedsl_mla", "sm_100", MLA)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "arch", "spec"), FILLING, ids=lambda x: str(x))
+def test_a_decode_call_into_out_makes_views_at_most(backend, arch, spec):
+    """Beside what happens inside the vendor's function."""
+    rows, case = pair(backend, arch, spec=spec, lengths=DECODE)
+    with installed(*make()):
+        group = bound(rows, case)
+    step = make_step(group, case)
+    out = torch.empty(step.q.shape[0], step.q.shape[1], group.bindings["decode"].v_head_dim, dtype=step.q.dtype)
+    decode = group.decode
+    decode(step.q, None, None, step.cache, step.plan, out=out)  # what is kept on the cache is there now
+    with Operations() as everything:
+        decode(step.q, None, None, step.cache, step.plan, out=out)
+    with Operations() as inside:
+        vendors_part(group, step, out)
+    extra = list(everything.names)
+    for name in inside.names:
+        extra.remove(name)
+    assert set(extra) <= VIEWS, extra
+
+
+def vendors_part(group, step, out):
+    """The vendor's function alone, called as the adapter called it."""
+    closure = [c.cell_contents for c in group.decode.__closure__ or ()]
+    calls = []
+    functions = [f for f in closure if hasattr(f, "__signature__")]
+    if not functions:  # a wrapper's method
+        wrapper = step.plan.decode if hasattr(step.plan.decode, "run") else step.plan.decode.wrapper
+        given = watch(wrapper, "run", lambda: group.decode(step.q, None, None, step.cache, step.plan, out=out))
+        wrapper.run(*given[0], **given[1])
+        return
+    index = next(i for i, c in enumerate(group.decode.__closure__) if c.cell_contents in functions)
+    cell = group.decode.__closure__[index]
+    real = cell.cell_contents
+
+    def spy(*args, **kwargs):
+        calls.append((args, kwargs))
+        return real(*args, **kwargs)
+
+    with Pause():
+        cell.cell_contents = spy
+        group.decode(step.q, None, None, step.cache, step.plan, out=out)
+        cell.cell_contents = real
+    args, kwargs = calls[0]
+    real(*args, **kwargs)
+
+
+class Pause:
+    """Operations inside are nobody's."""
+
+    def __enter__(self):
+        self.guard = torch.utils._python_dispatch._disable_current_modes()
+        self.guard.__enter__()
+
+    def __exit__(self, *error):
+        self.guard.__exit__(*error)
+
+
+def watch(owner, name, run):
+    given, real = [], getattr(owner, name)
+
+    def spy(*args, **kwargs):
+        given.append((args, kwargs))
+        return real(*args, **kwargs)
+
+    with Pause():
+        setattr(owner, name, spy)
+        run()
+        delattr(owner, name)
+    return given[0]
+
+
+def test_rows_that_bind_say_so_and_the_rest_is_known():
+    """What is decided but not bound: a change here is a change of the README."""
+    unbound = {
+        (
+            r.backend,
+            r.role,
+            r.form,
+            tuple(r.accepts["kv_cache_dtype"].values) if "kv_cache_dtype" in r.accepts else None,
+        )
+        for arch in ("sm_80", "sm_90", "sm_100", "sm_120")
+        for r in attn_backends(device=device("cuda", arch))
+        if r.bind is None
+    }
+    assert unbound == {
+        ("flashinfer", "allreduce_fusion", None, None),
+        ("fa4", "prefill", None, ("fp8_e4m3",)),
+        ("fa4", "decode", None, ("fp8_e4m3",)),
+        ("flashmla", "decode", "absorbed", ("fp8_e4m3",)),
+    }
+
+
+@pytest.mark.parametrize(("backend", "arch"), BACKENDS.items())
+def test_a_missing_package_is_named_with_what_to_do(backend, arch):
+    with pytest.raises(MissingKernelError, match=r"needed for .*pip install"):
+        bound(*pair(backend, arch))
