@@ -1,4 +1,4 @@
-"""What ran on a device is written down: ``benchmarks/out/ran-<platform>-<arch>.json``, the ground of docs/support.md."""
+"""What ran on a device is written down: ``benchmarks/out/ran-<platform>-<arch>.json``, which docs/support.md rests on."""
 
 from __future__ import annotations
 
