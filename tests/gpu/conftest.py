@@ -1,4 +1,4 @@
-"""What ran on a device is written down: ``benchmarks/out/ran-<platform>-<arch>.json``, which docs/support.md rests on."""
+"""What ran on a device is written down, in ``benchmarks/out/ran-<platform>-<arch>.json``; docs/support.md rests on it."""
 
 from __future__ import annotations
 
