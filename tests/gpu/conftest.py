@@ -1,4 +1,4 @@
-"""What ran on a device is written down, in ``benchmarks/out/ran-<platform>-<arch>.json``; docs/support.md rests on it."""
+"""What ran on a device is written to ``benchmarks/out/ran-<platform>-<arch>.json``; docs/support.md rests on it."""
 
 from __future__ import annotations
 

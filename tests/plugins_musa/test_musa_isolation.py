@@ -6,7 +6,7 @@ import pytest
 
 from simulators import musa_mate
 from simulators.harness import DECODE, RAGGED, Case, Lengths, device, mutated, mutations, rows_of
-from simulators.isolation import check_isolation
+from simulators.isolation import check_isolation, one
 
 MP31 = device("musa", "mp31")
 FA3, FLASHMLA = (rows_of("musa", MP31, name) for name in ("fa3", "flashmla"))
@@ -38,13 +38,10 @@ SHARED = mutations(
             "step = Scheduled(page_size, capture) if out is None else out",
             "step = plan.__dict__.setdefault('step', Scheduled(page_size, capture))",
         ),
-        "one latent step per backend": (
-            "step = Latent(page_size, capture, device) if out is None else out",
-            "step = plan.__dict__.setdefault('step', Latent(page_size, capture, device))",
-        ),
+        "one latent step per backend": one("Latent(page_size, capture, device)"),
         "one ragged step for all backends": (
-            "step = Ragged() if out is None else out",
-            "step = Ragged.only = vars(Ragged).get('only') or Ragged()",
+            "refilled(lambda _: Ragged())",
+            "refilled(lambda _: vars(Ragged).get('only') or setattr(Ragged, 'only', Ragged()) or Ragged.only)",
         ),
     },
 )

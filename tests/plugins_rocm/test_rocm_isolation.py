@@ -6,7 +6,7 @@ import pytest
 
 from simulators import rocm_aiter
 from simulators.harness import DECODE, Case, device, mutated, mutations, rows_of
-from simulators.isolation import check_isolation, check_two_devices
+from simulators.isolation import check_isolation, check_two_devices, one
 
 GFX942 = device("rocm", "gfx942")
 ALL = rows_of("rocm", GFX942, "aiter")
@@ -46,32 +46,23 @@ SHARED = [
     *mutations(
         "attn_plugin_rocm.kernels.mha",
         {
-            f"one {step} per backend": (
-                f"step = {made} if out is None else out",
-                f"step = plan.__dict__.setdefault('step', {made})",
-            )
-            for step, made in {
-                "prefill step": "Indexed(page_size, capture)",
-                "decode step": "Partitioned(page_size, capture)",
-            }.items()
+            "one prefill step per backend": one("Indexed(page_size, capture)"),
+            "one decode step per backend": (
+                "step = Partitioned(page_size, capture) if out is None else out",
+                "step = plan.__dict__.setdefault('step', Partitioned(page_size, capture))",
+            ),
         },
     ),
     *mutations(
         "attn_plugin_rocm.kernels.unified",
         {
-            "one unified step per backend": (
-                "step = Paged(page_size, capture) if out is None else out",
-                "step = plan.__dict__.setdefault('step', Paged(page_size, capture))",
-            )
+            "one unified step per backend": one("Paged(page_size, capture)"),
         },
     ),
     *mutations(
         "attn_plugin_rocm.kernels.mla",
         {
-            "one latent step per backend": (
-                "step = Indexed(page_size, capture) if out is None else out",
-                "step = plan.__dict__.setdefault('step', Indexed(page_size, capture))",
-            )
+            "one latent step per backend": one("Indexed(page_size, capture)"),
         },
     ),
 ]

@@ -104,3 +104,9 @@ def _moved(made: Step, group: BoundGroup, place: str) -> Step:
     return replace(
         made, group=group, batch=batch, q=put(made.q), k=put(made.k), v=put(made.v), cache=there, extra=extra
     )
+
+
+def one(made: str) -> tuple[str, str]:
+    """The mutation of an adapter's ``refilled(lambda capture: ...)`` that keeps one step for all plans of a backend."""
+    kept = f"kept[0] if kept else kept.append({made}) or kept[0]"
+    return f"refilled(lambda capture: {made})", f"refilled(lambda capture, kept=[]: {kept})"

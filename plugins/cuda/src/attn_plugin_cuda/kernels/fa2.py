@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import Paged, Ragged, both_sides, load
+from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_cuda.backends import FLASH_ATTN
 
@@ -40,10 +40,7 @@ def _decode(b: Binding) -> Kernels:
     page_size, softcap, splits = b.page_size or 1, b.spec.logit_softcap or 0.0, 1 if b.options.deterministic else 0
     heads, width = b.num_heads, b.head_dim
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Paged | None = None) -> Paged:
-        step = Paged(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Paged(page_size, capture))
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -102,10 +99,7 @@ def _ragged(b: Binding) -> Kernels:
     step_of, scale, window, slopes = attrgetter(b.role), b.scale, both_sides(b), _slopes(b)
     softcap = b.spec.logit_softcap or 0.0
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Ragged | None = None) -> Ragged:
-        step = Ragged() if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda _: Ragged())
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import Paged, Ragged, both_sides, load
+from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_cuda.backends import SGL_KERNEL
 
@@ -116,10 +116,7 @@ def _ragged(b: Binding) -> Kernels:
     step_of, scale, causal, window = attrgetter(b.role), b.scale, b.spec.causal, both_sides(b)
     softcap, splits = b.spec.logit_softcap or 0.0, _splits(b)
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Ragged | None = None) -> Ragged:
-        step = Ragged() if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda _: Ragged())
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -143,10 +140,7 @@ def _absorbed(b: Binding) -> Kernels:
     latent, split = b.v_head_dim, b.mla_query == "split"
     widths = (latent, b.head_dim - latent)
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Paged | None = None) -> Paged:
-        step = Paged(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Paged(page_size, capture))
 
     def views(kv_cache: Any) -> tuple[Tensor, Tensor]:
         rows = kv_cache.data[0].unsqueeze(2)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from attn_core.adapters import Paged, Ragged, both_sides, load
-from attn_core.runtime import Batch, Binding, Capture, Kernels
+from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
+from attn_core.runtime import Binding, Kernels
 from attn_plugin_cuda.backends import FLASH_ATTN_4
 
 MODULE = "flash_attn.cute"
@@ -26,10 +26,7 @@ def _paged(b: Binding) -> Kernels:
     step_of, page_size, scale, causal = attrgetter(b.role), b.page_size or 1, b.scale, b.spec.causal
     window, softcap = both_sides(b), b.spec.logit_softcap or 0.0
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Paged | None = None) -> Paged:
-        step = Paged(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Paged(page_size, capture))
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -52,10 +49,7 @@ def _ragged(b: Binding) -> Kernels:
     attend = load(FLASH_ATTN_4, MODULE, "flash_attn_varlen_func")
     scale, window, softcap = b.scale, both_sides(b), b.spec.logit_softcap or 0.0
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Ragged | None = None) -> Ragged:
-        step = Ragged() if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda _: Ragged())
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import Paged, Ragged, both_sides, load
+from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_musa.backends import MATE
 from attn_plugin_musa.kernels.current import current
@@ -100,10 +100,7 @@ def _ragged(b: Binding) -> Kernels:
     step_of, scale, causal = attrgetter(b.role), b.scale, b.spec.causal
     softcap, backend = b.spec.logit_softcap or 0.0, family(b)
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Ragged | None = None) -> Ragged:
-        step = Ragged() if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda _: Ragged())
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -150,10 +147,7 @@ def _absorbed(b: Binding) -> Kernels:
     step_of, page_size, scale, device = attrgetter(b.role), b.page_size or 1, b.scale, b.torch_device
     latent, split = b.v_head_dim, b.mla_query == "split"
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Latent | None = None) -> Latent:
-        step = Latent(page_size, capture, device) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Latent(page_size, capture, device))
 
     def views(kv_cache: Any) -> tuple[Tensor, Tensor]:
         rows = kv_cache.data[0].unsqueeze(2)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import Indexed, Paged, Ragged, both_sides, load
+from attn_core.adapters import Indexed, Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_rocm.backends import AITER
 
@@ -30,10 +30,7 @@ def bind_prefill(b: Binding) -> Kernels:
     step_of, page_size = attrgetter(b.role), b.page_size or 1
     scale, causal, window, softcap = b.scale, b.spec.causal, both_sides(b), b.spec.logit_softcap or 0.0
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Indexed | None = None) -> Indexed:
-        step = Indexed(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Indexed(page_size, capture))
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -101,10 +98,7 @@ def bind_ragged(b: Binding) -> Kernels:
     attend = load(AITER, "aiter.ops.mha", "flash_attn_varlen_func")
     step_of, scale, causal = attrgetter(b.role), b.scale, b.spec.causal
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Ragged | None = None) -> Ragged:
-        step = Ragged() if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda _: Ragged())
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,

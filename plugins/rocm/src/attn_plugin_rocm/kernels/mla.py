@@ -12,8 +12,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from attn_core.adapters import Indexed, load
-from attn_core.runtime import Batch, Binding, Capture, Kernels
+from attn_core.adapters import Indexed, load, refilled
+from attn_core.runtime import Binding, Kernels
 from attn_plugin_rocm.backends import AITER
 
 
@@ -21,10 +21,7 @@ def bind(b: Binding) -> Kernels:
     attend = load(AITER, "aiter.mla", "mla_decode_fwd")
     step_of, page_size, scale, latent = attrgetter(b.role), b.page_size or 1, b.scale, b.v_head_dim
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Indexed | None = None) -> Indexed:
-        step = Indexed(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Indexed(page_size, capture))
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from attn_core.adapters import Paged, both_sides, load
+from attn_core.adapters import Paged, both_sides, load, refilled
 from attn_core.errors import BadInputError
-from attn_core.runtime import Batch, Binding, Capture, Kernels
+from attn_core.runtime import Binding, Kernels
 from attn_plugin_rocm.backends import AITER
 
 MODULE = "aiter.ops.triton.attention.unified_attention"
@@ -28,10 +28,7 @@ def bind(b: Binding) -> Kernels:
     slopes = b.alibi_slopes and torch.tensor(b.alibi_slopes, dtype=torch.float32, device=b.torch_device)
     quantised = b.kv_dtype != b.dtype
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Paged | None = None) -> Paged:
-        step = Paged(page_size, capture) if out is None else out
-        step.fill(batch)
-        return step
+    plan = refilled(lambda capture: Paged(page_size, capture))
 
     def descales(kv_cache: Any, rows: int) -> tuple[Any, Any]:
         if kv_cache.k_scale_t.dim() or kv_cache.v_scale_t.dim():
