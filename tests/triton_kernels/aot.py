@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attn_core.backends.triton import kv_write, launch
+from attn_core.backends.triton import kv_write, launch, merge_state
 
 WAVE64 = {"gfx90a", "gfx942", "gfx950"}
 TYPES = {
@@ -56,6 +56,7 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches of the backend go to the list it yields."""
     seen: list[Launch] = []
     places = [(launch, "attend"), (launch, "merge"), (kv_write, "write"), (kv_write, "gather")]
+    places.append((merge_state, "join"))
     kernels = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, kernels):
         setattr(module, name, Recorder(kernel, seen))

@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
     ),
     "decode 128, float32": Case(heads(dtype="float32"), "decode"),
     "merge 128": Case(heads(), "merge"),
+    "merge_state 128": Case(heads(), "merge_state"),
     "write 128": Case(heads(), "write"),
     "write 128, fp8": Case(heads(), "write", options={"kv_cache_dtype": "fp8_e4m3"}),
     "gather MLA": Case(MLA, "gather", "materialised"),
@@ -124,14 +125,17 @@ def _record(group: BoundGroup, role: str) -> list[Launch]:
             queries, keys, block_table=torch.ones(2, 192, dtype=torch.int32), tree_mask=tree, decode_width=width,
             slot_mapping=torch.zeros(sum(queries), dtype=torch.int64),
         )  # fmt: skip
-        if role in ("prefill", "write", "gather"):
+        if role in ("prefill", "write", "gather", "merge_state"):
             spans = [[(2750, 2900)], []] if s.bidirectional_prefix else None
             batch = Batch(
                 queries, keys, block_table=batch.block_table, slot_mapping=batch.slot_mapping, bidirectional_spans=spans
             )
         plan, cache = group.plan(batch), group.new_kv_cache(2)
         tokens = sum(queries)
-        if role == "write":
+        if role == "merge_state":
+            o, lse = torch.empty(tokens, s.num_heads, s.v_head_dim, dtype=dtype), torch.empty(tokens, s.num_heads)
+            group.merge_state(o.float(), lse, o, lse)
+        elif role == "write":
             k = torch.empty(tokens, s.num_kv_heads, s.head_dim, dtype=dtype)
             group.write_kv(k, k, cache, plan)
         elif role == "gather":

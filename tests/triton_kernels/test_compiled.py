@@ -23,7 +23,8 @@ PAIRS = [
     ("decode MLA", "gfx950"), ("verify 128, tree", "sm_110"), ("prefill 128", "sm_90"), ("prefill 128", "sm_103"),
     ("prefill 128", "sm_120"), ("prefill 128", "gfx90a"), ("prefill 64, sinks, window", "sm_80"),
     ("prefill 256, softcap", "sm_90"), ("prefill MLA 192/128", "sm_100"), ("encode 32", "sm_75"),
-    ("encode 32", "gfx1100"), ("decode 128", "gfx1250"), ("merge 128", "sm_90"), ("write 128, fp8", "sm_89"),
+    ("encode 32", "gfx1100"), ("decode 128", "gfx1250"), ("merge 128", "sm_90"),
+    ("merge_state 128", "sm_90"), ("merge_state 128", "gfx942"), ("write 128, fp8", "sm_89"),
     ("gather MLA", "gfx942"),
 ]  # fmt: skip
 SPILLS = {

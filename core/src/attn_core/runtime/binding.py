@@ -76,6 +76,9 @@ class Kernels:
     call: Callable[..., Any]
     prepare_sinks: Callable[[Any], Any] | None = None
     """Turns a model's sinks tensor into what ``call`` wants, once per layer; None: float32, contiguous."""
+    merge_state: Callable[..., Any] | None = None
+    """Joins partial results on this device, with the signature and meaning of ``attn_core.merge_state``; None: that
+    one, which is plain torch."""
     gather: Callable[..., Any] | None = None
     """``kv_write`` only."""
     allocate: Callable[..., Any] | None = None

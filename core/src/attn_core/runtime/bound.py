@@ -109,7 +109,8 @@ class BoundGroup:
         self.plan = self._plan
         self.new_kv_cache = self._new_kv_cache
         self.prefill_with_context = self._prefill_with_context
-        self.merge_state = merge_state
+        own = (b.kernels.merge_state for b in bound.values())
+        self.merge_state = next(filter(None, own), merge_state)
 
     # made once --------------------------------------------------------------------------------------------------------
 

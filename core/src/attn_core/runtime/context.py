@@ -11,7 +11,6 @@ from torch import Tensor
 from attn_core.errors import BadInputError
 from attn_core.runtime.adapt import Attend
 from attn_core.runtime.batch import Batch
-from attn_core.runtime.merge import merge_state
 from attn_core.runtime.plan import ContextChunk, Plan
 
 if TYPE_CHECKING:
@@ -85,6 +84,6 @@ def prefill_with_context(
     for chunk in plan.chunks:
         chunk_k, chunk_v = expand(*group.gather_kv(kv_cache, plan, chunk))
         part, part_lse = attend_context(q, chunk_k, chunk_v, None, chunk.plan, return_lse=True)
-        o, lse = merge_state(o, lse, part, part_lse, out=o)
+        o, lse = group.merge_state(o, lse, part, part_lse, out=o)
     o = o.to(dtype) if out is None else out.copy_(o)
     return (o, lse) if return_lse else o

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_core.backends.triton import config
 from attn_core.backends.triton.attend import attend, merge
+from attn_core.backends.triton.merge_state import merge_state
 from attn_core.backends.triton.schedule import Shape, Work, schedule
 from attn_core.backends.triton.widths import parts
 from attn_core.errors import AttnCoreError, BadInputError
@@ -214,7 +215,7 @@ def _bind(b: Binding, *, paged: bool, decode: bool) -> Kernels:
             )  # fmt: skip
         return out if lse is None else (out, lse)
 
-    return Kernels(plan=plan, call=call)
+    return Kernels(plan=plan, call=call, merge_state=merge_state)
 
 
 Sources = tuple[Tensor, Tensor, Tensor, tuple[int, ...], tuple[int, ...], "Tensor | None", "Tensor | None"]
