@@ -12,6 +12,7 @@ from attn_core.backends.torch_native.one_tile import mask_of, one_tile, with_sin
 from attn_core.backends.torch_native.setup import Setup
 from attn_core.backends.torch_native.sources import COMPACT_FROM, Given, narrowed
 from attn_core.backends.torch_native.steps import Feed, Sequence, Step, planner
+from attn_core.backends.torch_native.tiles import Tile
 from attn_core.runtime.binding import Binding, Kernels
 from attn_core.runtime.cache import KVCache
 
@@ -36,6 +37,20 @@ def _kernels(s: Setup) -> Kernels:
     width, has_sinks = s.b.v_head_dim, s.b.spec.sinks
     joins_q = s.absorbed and s.b.mla_query == "split"
     attend, added = one_tile(s), mask_of(s)
+    plain = s.fused and s.planes == 1 and s.b.dtype == s.dtype and s.q_width == s.b.head_dim == width
+    batches = plain and group == 1 and not (s.paged or s.quantised or has_sinks or joins_q)
+    """Heads share nothing and nothing is added to scores: sequences alike go through the kernel together."""
+
+    def together(t: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        """All sequences at once, a batch of ``t.q1`` queries and ``t.k1`` keys each."""
+        rows, keys, values, results = (
+            x.view(-1, n, x.shape[1], x.shape[2]).transpose(1, 2)
+            for x, n in ((q, t.q1), (k, t.k1), (v, t.k1), (out, t.q1))
+        )
+        o, sums = attend(rows, (keys, values), None, t.kind == "causal", None)
+        results.copy_(o)
+        if lse is not None:
+            lse.view(-1, t.q1, lse.shape[1]).transpose(1, 2).copy_(sums)
 
     def call(
         q: Any, k: Tensor | None, v: Tensor | None, kv_cache: KVCache | None, plan: Any, *,
@@ -48,6 +63,9 @@ def _kernels(s: Setup) -> Kernels:
         if out is None:
             out = q.new_empty(q.shape[0], s.heads, width)
         lse = torch.empty(q.shape[0], s.heads, device=q.device) if return_lse else None
+        if batches and step.alike is not None and step.alike.k1 < COMPACT_FROM and k is not None and v is not None:
+            together(step.alike, q, k, v, out, lse)
+            return out if lse is None else (out, lse)
         taken = sinks.view(heads_kv, group, 1) if has_sinks and sinks is not None else None
         sources = None if step.paged is None or kv_cache is None else step.paged.sources(kv_cache)
         given = None if step.ragged is None or k is None or v is None else step.ragged.given((k, v))

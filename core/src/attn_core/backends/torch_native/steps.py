@@ -81,6 +81,8 @@ class Step:
     """Decode only: every row is one query."""
     groups: list[Group] = field(default_factory=list)
     """Such rows again, as they are joined."""
+    alike: Tile | None = None
+    """Prefill and encode: the one tile of every sequence, where all have the same and none needs a mask or pages."""
 
 
 def planner(s: Setup) -> Callable[..., Step]:
@@ -104,9 +106,22 @@ def planner(s: Setup) -> Callable[..., Step]:
             step.sequences.append(_sequence(s, step, batch, row, (token, key, n, m), part))
             token, key = token + n, key + (n if s.paged else m)
         step.groups = _groups(s, step.sequences) if step.one_by_one else []
+        step.alike = _alike(step.sequences)
         return step
 
     return plan
+
+
+def _alike(sequences: list[Sequence]) -> Tile | None:
+    first = sequences[0].tiles[0]
+    same = first.kind in ("full", "causal") and all(
+        x.direct and len(x.tiles) == 1 and x.kv_len == first.k1 and _same(x.tiles[0], first) for x in sequences
+    )
+    return first if same and (first.q0, first.k0) == (0, 0) else None
+
+
+def _same(a: Tile, b: Tile) -> bool:
+    return (a.q0, a.q1, a.k0, a.k1, a.kind) == (b.q0, b.q1, b.k0, b.k1, b.kind)
 
 
 def _new(s: Setup) -> Step:
