@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from attn_core import Batch, NoBackendError
+from attn_core import NoBackendError
 from attn_core.platform import Platform
-from attn_core.runtime import BoundGroup, wrap_kv_cache
+from attn_core.runtime import BoundGroup
 from attn_core.testing.compare import differences
 from numerics.kernel_cases import Lengths, Step, bind, cross_step, encode_step, step
+from simulators.device.run import moved
 
 MHA: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
 MLA: dict[str, Any] = {
@@ -84,21 +82,3 @@ def on_host(group: BoundGroup, case: dict[str, Any]) -> Step:
     if group.spec.attn_type == "encoder_only":
         return encode_step(host, lengths)
     return cross_step(host, lengths) if group.spec.attn_type == "cross" else step(host, lengths, **fields)
-
-
-def moved(made: Step, group: BoundGroup) -> Step:
-    """The same step with all tensors on the group's device, planned there."""
-    where = group.torch_device
-
-    def put(x: Any) -> Any:
-        return tuple(map(put, x)) if isinstance(x, tuple) else x if x is None else x.to(where)
-
-    b, cache = made.batch, made.cache
-    tensors = {n: put(getattr(b, n)) for n in ("block_table", "slot_mapping", "tree_mask") if getattr(b, n) is not None}
-    batch = Batch(b.query_lens, b.kv_lens, attn_type=b.attn_type, device=where, decode_width=b.decode_width, **tensors)
-    if cache is not None:
-        data = tuple(torch.clone(put(t)) for t in cache.data)
-        cache = wrap_kv_cache(*data, layout=cache.layout, page_size=cache.page_size)
-    q, k, v = (put(x) for x in (made.q, made.k, made.v))
-    extra = {n: put(t) for n, t in made.extra.items()}
-    return replace(made, group=group, batch=batch, plan=group.plan(batch), q=q, k=k, v=v, cache=cache, extra=extra)

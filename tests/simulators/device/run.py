@@ -27,7 +27,7 @@ def run(name: str, rows: Rows, cases: Iterable[Case], stand_in: Callable[[], Sta
         with installed(stand_in()):
             groups = {where: bound(rows, case, where) for where in ("cpu", f"{name}:0", f"{name}:1")}
         expected = make_step(groups["cpu"], case)
-        steps = {where: moved(expected, groups[where], where) for where in groups if where != "cpu"}
+        steps = {where: moved(expected, groups[where]) for where in groups if where != "cpu"}
         assert module.current_device() == 0, "planning changed the current device"
         want = expected.run(return_lse=case.lse)
         for where, step in steps.items():
@@ -39,17 +39,19 @@ def run(name: str, rows: Rows, cases: Iterable[Case], stand_in: Callable[[], Sta
         print(case.name, "ok", flush=True)
 
 
-def moved(made: Step, group: BoundGroup, where: str) -> Step:
-    """The same step of the same layer with all tensors on a device, planned there by ``group``."""
+def moved(made: Step, group: BoundGroup) -> Step:
+    """The same step with all tensors on the group's device, planned there."""
+    where = group.torch_device
 
     def put(x: Any) -> Any:
         return tuple(map(put, x)) if isinstance(x, tuple) else x if x is None else x.to(where)
 
     b, cache = made.batch, made.cache
-    tables = {n: put(getattr(b, n)) for n in ("block_table", "slot_mapping") if getattr(b, n) is not None}
-    batch = Batch(b.query_lens, b.kv_lens, attn_type=b.attn_type, device=where, **tables)
+    tensors = {n: put(getattr(b, n)) for n in ("block_table", "slot_mapping", "tree_mask") if getattr(b, n) is not None}
+    batch = Batch(b.query_lens, b.kv_lens, attn_type=b.attn_type, device=where, decode_width=b.decode_width, **tensors)
     if cache is not None:
-        cache = wrap_kv_cache(*map(put, cache.data), layout=cache.layout, page_size=cache.page_size)
-    extra = {n: put(t) for n, t in made.extra.items()}
+        data = tuple(torch.clone(put(t)) for t in cache.data)
+        cache = wrap_kv_cache(*data, layout=cache.layout, page_size=cache.page_size)
     q, k, v = (put(x) for x in (made.q, made.k, made.v))
+    extra = {n: put(t) for n, t in made.extra.items()}
     return replace(made, group=group, batch=batch, plan=group.plan(batch), q=q, k=k, v=v, cache=cache, extra=extra)

@@ -25,9 +25,7 @@ class Ragged:
     def fill(self, batch: Batch) -> None:
         self.cu_query, self.cu_kv = batch.cu_query_lens_device, batch.cu_kv_lens_device
         self.max_query, self.max_kv = batch.max_query_len, batch.max_kv_len
-        empty = batch.kv_lens == 0
-        tokens = torch.repeat_interleave(empty, batch.query_lens.long()) if empty.any() else None
-        self.blind = None if tokens is None else tokens.nonzero()[:, 0].to(batch.device, non_blocking=True)
+        self.blind = blind_tokens(batch)
 
     def nothing_seen(self, out: Tensor, lse: Tensor) -> None:
         """Zeros and -inf where a row has no keys, whatever the kernel left there; ``lse`` ``(tokens, heads)``.
@@ -37,3 +35,12 @@ class Ragged:
         if self.blind is not None:
             out[self.blind] = 0
             lse[self.blind] = -torch.inf
+
+
+def blind_tokens(batch: Batch) -> Tensor | None:
+    """Tokens of rows without keys, int64, on the device; None where every row has some. Read from host lengths."""
+    empty = batch.kv_lens == 0
+    if not empty.any():
+        return None
+    tokens = torch.repeat_interleave(empty, batch.query_lens.long()).nonzero()[:, 0]
+    return tokens.to(batch.device, non_blocking=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import load
+from attn_core.adapters import blind_tokens, load
 from attn_core.errors import BadInputError
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_ascend.backends import TORCH_NPU
@@ -72,10 +72,7 @@ class Lists:
             self.changing["block_table"] = batch.block_table
         else:
             self.changing[names.key_lens] = batch.cu_kv_lens[1:].tolist()
-            empty = batch.kv_lens == 0
-            if empty.any():
-                tokens = torch.repeat_interleave(empty, batch.query_lens.long()).nonzero()[:, 0]
-                self.blind = tokens.to(batch.device, non_blocking=True)
+            self.blind = blind_tokens(batch)
 
 
 def fixed(b: Binding, names: Names) -> dict[str, Any]:
