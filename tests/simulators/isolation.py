@@ -50,7 +50,7 @@ def check_two_devices(pairs: Pairs, make: Make, kind: str = "cuda") -> None:
         steps = []
         for place in (f"{kind}:0", f"{kind}:1"):
             for rows, case in pairs:
-                steps.append(_moved(make_step(_bind(rows, case, make), case), _bind(rows, case, make, place), place))
+                steps.append(moved(make_step(_bind(rows, case, make), case), _bind(rows, case, make, place), place))
         recorder.waits.clear()
         for step in steps:
             step.plan = step.group.plan(step.batch)
@@ -83,7 +83,7 @@ def _numbers(t: Tensor) -> Tensor:
     return t.numbers
 
 
-def _moved(made: Step, group: BoundGroup, place: str) -> Step:
+def moved(made: Step, group: BoundGroup, place: str) -> Step:
     """The same step on another device."""
 
     def put(x: Any) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from attn_core import Batch
-from attn_core.runtime import BoundGroup, wrap_kv_cache
+from attn_core.runtime import BoundGroup
 from numerics.kernel_cases import Step
-from simulators import device
+from simulators import device, isolation
 from simulators.harness import Case, Rows, bound, make_step
 from simulators.standin import StandIn, installed
 
@@ -40,18 +38,6 @@ def run(name: str, rows: Rows, cases: Iterable[Case], stand_in: Callable[[], Sta
 
 
 def moved(made: Step, group: BoundGroup) -> Step:
-    """The same step with all tensors on the group's device, planned there."""
-    where = group.torch_device
-
-    def put(x: Any) -> Any:
-        return tuple(map(put, x)) if isinstance(x, tuple) else x if x is None else x.to(where)
-
-    b, cache = made.batch, made.cache
-    tensors = {n: put(getattr(b, n)) for n in ("block_table", "slot_mapping", "tree_mask") if getattr(b, n) is not None}
-    batch = Batch(b.query_lens, b.kv_lens, attn_type=b.attn_type, device=where, decode_width=b.decode_width, **tensors)
-    if cache is not None:
-        data = tuple(torch.clone(put(t)) for t in cache.data)
-        cache = wrap_kv_cache(*data, layout=cache.layout, page_size=cache.page_size)
-    q, k, v = (put(x) for x in (made.q, made.k, made.v))
-    extra = {n: put(t) for n, t in made.extra.items()}
-    return replace(made, group=group, batch=batch, plan=group.plan(batch), q=q, k=k, v=v, cache=cache, extra=extra)
+    """The same step of the same layer with all tensors on the group's device, planned there."""
+    there = isolation.moved(made, group, str(group.torch_device))
+    return replace(there, plan=group.plan(there.batch))
