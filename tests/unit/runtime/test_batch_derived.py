@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from simple_kernels import paged, pages_of
 
 from attn_core.runtime import Batch
+from attn_core.runtime.lengths import FEW
+from attn_core.runtime.lengths import Lengths as StepLengths
 
 Lengths = list[tuple[int, int]]
 
@@ -131,3 +134,25 @@ def test_no_form_waits_for_the_device() -> None:
     assert decode.padded(4).block_table is not None
     bounds = Batch([1], [9], block_table=away(1, 3), kv_lens_device=away(1), exact=False)
     assert bounds.cu_kv_lens_device.shape == (2,)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=90), st.sampled_from([1, 3, 16, 256]))
+def test_pages_of_few_and_of_many_are_counted_alike(keys: list[int], page: int) -> None:
+    kv = torch.tensor(keys, dtype=torch.int32)
+    lengths = StepLengths(torch.ones_like(kv), kv, torch.device("cpu"))
+    counts = [-(-n // page) for n in keys]
+    for made in (lengths._pages_of_few(page), lengths._pages_of_many(page)):
+        assert [t.dtype for t in made] == [torch.int32] * 3
+        assert made[0].tolist() == [sum(counts[:i]) for i in range(len(keys) + 1)]
+        assert made[1].tolist() == counts
+        assert made[2].tolist() == [n - (c - 1) * page if n else 0 for n, c in zip(keys, counts)]
+
+
+@pytest.mark.parametrize("rows", [5, FEW + 6])
+def test_a_table_cut_out_of_a_larger_one(rows: int) -> None:
+    """Engines hand over a slice of a table for the longest context there may be; rows are not one after another."""
+    whole = torch.randint(1, 1000, (rows, 12), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    keys = [(7 * i) % 33 + 1 for i in range(rows)]
+    for table in (whole[:, :9], whole[:, ::2].repeat(1, 2)[:, 1:10], whole[:1, :9].expand(rows, 9)):
+        csr = Batch([1] * rows, keys, block_table=table).csr(4)
+        assert csr.indices.tolist() == [page for row, n in zip(table, keys) for page in row[: -(-n // 4)].tolist()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from attn_core.errors import BadInputError
 
 _INT32_MAX = 2**31 - 1
+FEW = 64
+"""Up to so many sequences Python's integers are faster than tensors: an operation costs as much as ten of theirs."""
 
 
 class Lengths:
@@ -36,7 +40,7 @@ class Lengths:
         self._within = within
         self.queries: list[int] = query.tolist()
         self.keys: list[int] = query.tolist() if kv is query else kv.tolist()
-        self._page_counts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._page_counts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def rows(self, lo: int, hi: int) -> Lengths:
         """Rows ``lo`` to ``hi`` (exclusive) as a view."""
@@ -75,7 +79,12 @@ class Lengths:
 
     @cached_property
     def cu_query(self) -> Tensor:
-        return self._cut("cu_query") if self._within is not None else cumulative(self.query)
+        if self._within is not None:
+            return self._cut("cu_query")
+        rows, width = len(self.queries), self.max_query
+        if self.num_tokens == rows * width:  # all alike, as decode rows are: cheaper than to add them up
+            return torch.arange(0, (rows + 1) * width, width, dtype=torch.int32)
+        return cumulative(self.query)
 
     @cached_property
     def cu_query_on_device(self) -> Tensor:
@@ -109,12 +118,25 @@ class Lengths:
         offsets: Tensor = getattr(whole, name)[lo : hi + 1]
         return offsets - offsets[0] if lo else offsets
 
-    def pages(self, page_size: int) -> tuple[Tensor, Tensor]:
-        """Cumulative page counts ``(num_seqs + 1,)`` and keys in each last page ``(num_seqs,)``; host int32."""
+    def pages(self, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cumulative page counts ``(num_seqs + 1,)``, the counts, and keys in each last page; host int32."""
         if page_size not in self._page_counts:
-            counts = (self.kv + (page_size - 1)) // page_size
-            self._page_counts[page_size] = cumulative(counts), self.kv - (counts - 1).clamp_(min=0) * page_size
+            make = self._pages_of_few if len(self.keys) <= FEW else self._pages_of_many
+            self._page_counts[page_size] = make(page_size)
         return self._page_counts[page_size]
+
+    def _pages_of_few(self, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        counts = [-(-keys // page_size) for keys in self.keys]
+        last = [keys - (pages - 1) * page_size if keys else 0 for keys, pages in zip(self.keys, counts)]
+        made = torch.frombuffer(array("i", [*accumulate(counts, initial=0), *counts, *last]), dtype=torch.int32)
+        offsets, sizes, ends = made.split_with_sizes((len(counts) + 1, len(counts), len(counts)))
+        return offsets, sizes, ends
+
+    def _pages_of_many(self, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        before = (self.kv - 1).floor_divide_(page_size)  # pages before the last; -1 where there is none
+        last = torch.minimum(torch.sub(self.kv, before, alpha=page_size), self.kv)
+        counts = before.add_(1)
+        return cumulative(counts), counts, last
 
 
 def cumulative(lengths: Tensor) -> Tensor:
