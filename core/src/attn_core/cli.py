@@ -24,7 +24,7 @@ from attn_core.errors import AttnCoreError, BadInputError, NoBackendError
 from attn_core.fleet import FleetDecision
 from attn_core.fleet import read as read_fleet
 from attn_core.platform import Platform, get_platform, installed_plugins, simulate
-from attn_core.plugins import Plugins, discover, installed_packages, load_plugins
+from attn_core.plugins import Plugins, discover, installed_packages, load_plugins, slot_conflict
 from attn_core.spec import Decision, ModelSpec, Requirement
 from attn_core.spec.decision import SCHEMA
 from attn_core.spec.fields import FIELDS
@@ -253,6 +253,7 @@ def doctor(as_json: bool) -> None:
     catalog = loaded.catalog(devices)
     present = installed_packages(catalog, devices)
     rows = _package_rows(catalog, present)
+    conflict = slot_conflict(loaded.platforms().values())
     if as_json:
         _print_json(
             {
@@ -260,6 +261,7 @@ def doctor(as_json: bool) -> None:
                 "devices": [d.to_json() for d in devices],
                 "plugins": [r.to_json() for r in loaded.reports],
                 "packages": rows,
+                "conflicts": [conflict] if conflict else [],
             }
         )
         return
@@ -280,6 +282,8 @@ def doctor(as_json: bool) -> None:
         for row in rows:
             table.add_row(row["requires"], row["found"] or "absent", ", ".join(row["backends"]), row["hint"])
         console.print(table)
+    if conflict:
+        console.print(f"[red]conflict[/]: {conflict}")
     broken = [r for r in loaded.reports if r.status in ("failed", "incompatible")]
     console.print(f"[red]{len(broken)} plugin(s) do not work[/]" if broken else "[green]no plugin is broken[/]")
 

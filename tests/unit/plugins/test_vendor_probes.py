@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from attn_core import Device
+from attn_core import Device, probing
 from attn_plugin_ascend import probe as ascend
 from attn_plugin_cuda import probe as cuda
 from attn_plugin_intel import probe as intel
@@ -32,9 +33,24 @@ def archs(devices: tuple[Device, ...]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No management library, whatever this machine has: a None in sys.modules is an ImportError."""
+    """No management library or tool, whatever this machine has: a None in sys.modules is an ImportError."""
     for name in ("pynvml", "pymtml"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setenv("PATH", "")
+
+
+def vendor_tool(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+    """A vendor's command-line tool, first and alone on the path."""
+    (root / "bin").mkdir(exist_ok=True)
+    file = root / "bin" / name
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(root / "bin"))
+
+
+def shut(monkeypatch: pytest.MonkeyPatch, *nodes: Path) -> None:
+    """This user may not open these device nodes (tests often run as root, who may)."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in nodes)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -181,6 +197,40 @@ def test_broken_nvml_is_like_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cuda.probe(tmp_path, {}) == ()
 
 
+class NVMLError(Exception):
+    """As the bindings raise it: with the number of nvmlReturn_t."""
+
+    def __init__(self, value: int, text: str) -> None:
+        super().__init__(text)
+        self.value = value
+
+
+@pytest.mark.parametrize("value", [9, 12])
+def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: int) -> None:
+    nvml = Nvml()
+    monkeypatch.setattr(nvml, "nvmlInit", lambda: (_ for _ in ()).throw(NVMLError(value, "none")), raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert cuda.probe(tmp_path, {}) == ()
+
+
+def test_a_driver_that_does_not_work_is_no_machine_without_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvml = Nvml(H200)
+    error = NVMLError(18, "Driver/library version mismatch")
+    monkeypatch.setattr(nvml, "nvmlInit", lambda: (_ for _ in ()).throw(error), raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with pytest.raises(LookupError, match="version mismatch"):
+        cuda.probe(tree(tmp_path, proc("NVIDIA H100 PCIe")), {})
+
+
+def test_nodes_of_a_driver_that_answers_nobody(tmp_path: Path) -> None:
+    tree(tmp_path, {"dev/nvidia0": "", "dev/nvidiactl": ""})
+    with pytest.raises(LookupError, match="device nodes"):
+        cuda.probe(tmp_path, {})
+    assert cuda.probe(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}) == ()
+
+
 def test_toolkit_is_read_from_the_version_file_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for build, expected in (("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None)):
         package = tmp_path / str(expected)
@@ -190,8 +240,8 @@ def test_toolkit_is_read_from_the_version_file_of_torch(monkeypatch: pytest.Monk
         )
         monkeypatch.setattr(sys, "path", [str(package)])
         monkeypatch.delitem(sys.modules, "torch", raising=False)
-        assert cuda.torch_build("cuda") == expected
-        assert rocm.torch_build("hip") == "7.1"
+        assert probing.torch_build("cuda") == expected
+        assert probing.torch_build("hip") == "7.1"
 
 
 # ---- musa ------------------------------------------------------------------------------------------------------------
@@ -227,6 +277,61 @@ def test_musa_from_pci_numbers(tmp_path: Path) -> None:
     tree(tmp_path, pci("0000:2b:00.0", "0x10de", "0x0323", "0x030200"))  # another vendor's
     (found,) = musa.probe(tmp_path, {})
     assert (found.arch, found.name, found.bus_id) == ("mp22", "MTT S4000", "0000:2a:00.0")
+
+
+# As mthreads-gmi -q prints it; other sections left out.
+GMI = """
+==================mthreads-gmi LOG==================
+Timestamp                     : Fri Nov  7 11:02:31 2025
+Driver Version                : 3.3.2-server
+Attached GPUs                 : 2
+
+GPU0  00000000:2a:00.0
+    Product Name              : MTT S5000
+    Product Brand             : MTT
+GPU1  00000000:2b:00.0
+    Product Name              : MTT S4000
+    Product Brand             : MTT
+"""
+
+
+def test_musa_names_from_the_drivers_own_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The S5000 has no public PCI number, and a container may hide sysfs."""
+    assert musa.product_names(GMI) == ["MTT S5000", "MTT S4000"]
+    vendor_tool(tmp_path, monkeypatch, "mthreads-gmi", f"cat <<'END'\n{GMI}\nEND")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    tree(tmp_path, {"dev/mtgpu.0": "", "dev/mtgpu.1": ""})
+    assert archs(musa.probe(tmp_path, {})) == ["mp31", "mp22"]
+    tree(tmp_path, pci("0000:2a:00.0", "0x1ed5", "0x0400", "0x030200"))
+    with pytest.raises(LookupError, match="2a:00"):
+        musa.probe(tmp_path, {})  # one card, two names: which is it?
+    tree(tmp_path, pci("0000:2b:00.0", "0x1ed5", "0x0323", "0x030200"))
+    assert [(d.arch, d.bus_id) for d in musa.probe(tmp_path, {})] == [
+        ("mp31", "0000:2a:00.0"),
+        ("mp22", "0000:2b:00.0"),
+    ]
+
+
+@pytest.mark.parametrize("script", ["exit 3", "echo 'Product Name : MTT S5000'; exit 1", "echo nonsense"])
+def test_musa_nodes_that_nothing_explains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    vendor_tool(tmp_path, monkeypatch, "mthreads-gmi", script)
+    with pytest.raises(LookupError, match="check the driver"):
+        musa.probe(tree(tmp_path, {"dev/mtgpu.0": ""}), {})
+
+
+def test_musa_says_which_runtime_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    for name, version in (("torch_musa", "2.7.1"), ("torchada", "0.1.51")):
+        tree(
+            site, {f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"}
+        )
+    tree(tmp_path, {"dev/mtgpu.0": "", "usr/local/musa/version.json": '{"musa_toolkits": {"version": "4.3.6"}}'})
+    tree(tmp_path, pci("0000:2a:00.0", "0x1ed5", "0x0323", "0x030200"))
+    monkeypatch.syspath_prepend(site)
+    (found,) = musa.probe(tmp_path, {})
+    assert found.versions == {"musa": "4.3.6", "runtime": "torch_musa 2.7.1, torchada 0.1.51"}
+    (elsewhere,) = musa.probe(tmp_path, {"MUSA_HOME": "/opt/musa"})
+    assert elsewhere.versions["musa"] == "", "present, version unknown"
 
 
 def test_musa_says_what_it_cannot_place(tmp_path: Path) -> None:
@@ -293,6 +398,15 @@ def test_rocm_leaves_out_gpus_this_process_cannot_open(amd: Path) -> None:
     assert archs(rocm.probe(amd, {})) == ["gfx950"]
 
 
+@pytest.mark.parametrize("node", ["dev/kfd", "dev/dri/renderD129"])
+def test_rocm_gpus_that_this_user_may_not_open(monkeypatch: pytest.MonkeyPatch, amd: Path, node: str) -> None:
+    tree(amd, {"dev/kfd": ""})
+    assert len(rocm.probe(amd, {})) == 2
+    shut(monkeypatch, amd / node)
+    with pytest.raises(LookupError, match=f"{node}.*group render"):
+        rocm.probe(amd, {})
+
+
 @pytest.mark.parametrize(
     ("target", "arch"),
     [(90402, "gfx942"), (90010, "gfx90a"), (90500, "gfx950"), (110000, "gfx1100"), (110501, "gfx1151"),
@@ -339,6 +453,57 @@ def test_ascend_does_not_guess(tmp_path: Path, numbers: tuple[str, ...]) -> None
         ascend.probe(tree(tmp_path, npus(*numbers, nodes=2)), {})
 
 
+# As npu-smi info -m prints it: NPU 4 carries a chip and a management controller.
+SMI = """\
+        NPU ID                         Chip ID                        Chip Logic ID                  Chip Name
+        4                              0                              {0}                              {1}
+        4                              1                              -                              Mcu
+        5                              0                              {2}                              {3}
+        5                              1                              -                              Mcu
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("Ascend 910B3", "Ascend 910B3"), ["910b", "910b"]), (("Ascend310P3", "Ascend910_9392"), ["310p", "910c"]),
+     (("Ascend950PR_9579", "Ascend910_9589"), ["950", "950"]), (("910B4", "310P"), ["910b", "310p"]),
+     (("Ascend910", "Ascend910B1"), [])],
+)  # fmt: skip
+def test_ascend_chip_names(names: tuple[str, str], expected: list[str]) -> None:
+    assert ascend.chip_archs(SMI.format(0, names[0], 1, names[1])) == expected
+    assert ascend.chip_archs(SMI.format(1, names[0], 0, names[1])) == expected[::-1], "in the order of logic ids"
+
+
+def test_ascend_asks_the_drivers_own_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For chips whose PCI number the table lacks, hosts with unlike ones, and containers without sysfs."""
+    tree(tmp_path, npus("0xdead", nodes=2))
+    text = SMI.format(0, "Ascend950PR", 1, "Ascend950PR")
+    vendor_tool(tmp_path, monkeypatch, "npu-smi", f'[ "$1 $2" = "info -m" ] || exit 1\necho "{text}"')
+    assert archs(ascend.probe(tmp_path, {})) == ["950", "950"]
+    assert [d.index for d in ascend.probe(tmp_path, {"ASCEND_RT_VISIBLE_DEVICES": "1"})] == [0]
+    tree(tmp_path, {"dev/davinci2": ""})
+    with pytest.raises(LookupError, match="0xdead"):  # three nodes, two names
+        ascend.probe(tmp_path, {})
+
+
+def test_ascend_versions(tmp_path: Path) -> None:
+    tree(tmp_path, npus("0xd802", nodes=1))
+    (bare,) = ascend.probe(tmp_path, {})
+    assert bare.versions == {}
+    tree(
+        tmp_path,
+        {
+            "usr/local/Ascend/driver/version.info": "Version=24.1.rc3\nascendhal_version=7.35.23\n",
+            "opt/cann/aarch64-linux/ascend_toolkit_install.info": "package_name=Ascend-cann-toolkit\nversion=8.5.0\n",
+            "usr/local/Ascend/cann/x86_64-linux/ascend_toolkit_install.info": "version=8.3.RC1\n",
+        },
+    )
+    (found,) = ascend.probe(tmp_path, {})
+    assert found.versions == {"driver": "24.1.rc3", "cann": "8.3.RC1"}
+    (found,) = ascend.probe(tmp_path, {"ASCEND_HOME_PATH": "/opt/cann"})
+    assert found.versions["cann"] == "8.5.0"
+
+
 # ---- intel -----------------------------------------------------------------------------------------------------------
 
 
@@ -361,3 +526,23 @@ def test_intel_reports_gpus_with_kernels_only(tmp_path: Path) -> None:
     assert archs(intel.probe(tmp_path, {"ZE_AFFINITY_MASK": ""})) == ["pvc", "bmg"]
     (tmp_path / "dev/dri/renderD129").unlink()
     assert archs(intel.probe(tmp_path, {})) == ["pvc"]
+
+
+def test_intel_gpus_that_this_user_may_not_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card(tmp_path, 128, "0000:00:02.0", "0x4680")  # the graphics of a CPU, which are none of our business
+    card(tmp_path, 129, "0000:05:00.0", "0xe20b")
+    shut(monkeypatch, tmp_path / "dev/dri/renderD128")
+    assert archs(intel.probe(tmp_path, {})) == ["bmg"]
+    shut(monkeypatch, tmp_path / "dev/dri/renderD129")
+    with pytest.raises(LookupError, match=r"renderD129.*group render"):
+        intel.probe(tmp_path, {})
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(probing, "TOOL_SECONDS", 0.2)
+    vendor_tool(tmp_path, monkeypatch, "npu-smi", "while true; do :; done")
+    assert probing.tool("npu-smi", "info") == ""
+    assert probing.tool("mthreads-gmi") == "", "not installed"

@@ -8,5 +8,6 @@ from attn_core.plugins.discover import Found, discover
 from attn_core.plugins.installed import installed_packages
 from attn_core.plugins.load import load_plugins
 from attn_core.plugins.registry import Plugins
+from attn_core.plugins.slots import slot_conflict
 
-__all__ = ["Found", "Plugins", "discover", "installed_packages", "load_plugins"]
+__all__ = ["Found", "Plugins", "discover", "installed_packages", "load_plugins", "slot_conflict"]

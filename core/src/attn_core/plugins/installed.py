@@ -39,7 +39,7 @@ def installed_packages(catalog: Catalog, devices: Iterable[Device] = ()) -> Inst
     for name, proofs in wanted.items():
         version = _version(name, path)
         missing = [
-            [s for s in symbols if s not in sys.modules and not _present(s, path)] for symbols in proofs if symbols
+            [s for s in symbols if s not in sys.modules and not module_found(s, path)] for symbols in proofs if symbols
         ]
         proven = not all(missing)
         if version is None:
@@ -80,7 +80,7 @@ def _version(name: str, path: tuple[str, ...]) -> str | None:
 
 
 @cache
-def _present(symbol: str, path: tuple[str, ...]) -> bool:
+def module_found(symbol: str, path: tuple[str, ...]) -> bool:
     """Whether a module has a file, found without importing it or its parents; kept per search path.
 
     A bare directory of that name (a namespace package, often just a folder beside the script) proves nothing.

@@ -11,11 +11,25 @@ import torch
 from attn_core.errors import AttnCoreError
 from attn_core.spec import PlatformSpec
 
+FREE = "privateuseone"
+"""What torch calls the slot while nobody has taken it."""
+
 
 def ready(spec: PlatformSpec) -> None:
-    """Import the package that teaches torch the device; torch knows cpu, cuda and xpu by itself."""
-    if spec.torch_module is not None:
-        importlib.import_module(spec.torch_module)
+    """Import the package that teaches torch the device; torch knows cpu, cuda and xpu by itself.
+
+    Raises :class:`AttnCoreError` when another vendor's package has taken the one slot there is for such devices.
+    """
+    if spec.torch_module is None:
+        return
+    taken = torch._C._get_privateuse1_backend_name()
+    if taken not in (FREE, spec.torch_device):
+        raise AttnCoreError(
+            f"platform {spec.name} needs torch's device {spec.torch_device!r}, but this process already calls its one "
+            f"slot for foreign devices (PrivateUse1) {taken!r}; do not import the other vendor's package, or set "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 if torch imports it by itself"
+        )
+    importlib.import_module(spec.torch_module)
 
 
 def set_device(spec: PlatformSpec, index: int) -> None:

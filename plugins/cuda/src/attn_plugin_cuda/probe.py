@@ -2,13 +2,13 @@
 
 No CUDA context, no torch import. NVML counts in PCI order; CUDA does so too under ``CUDA_DEVICE_ORDER=PCI_BUS_ID``
 and otherwise puts the fastest first, so on hosts with unequal GPUs set that variable. ``/proc`` knows product names
-only: one that :data:`PRODUCTS` lacks cannot be placed, and is reported as an error rather than guessed.
+only: one that :data:`PRODUCTS` lacks cannot be placed, and is reported as an error rather than guessed. So is a driver
+that is there and does not work: without an error it would look like a machine without GPUs.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,48 +16,51 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from attn_core.probing import text_of, torch_build
 from attn_core.spec import Device
 from attn_plugin_cuda.platform import PLATFORM, PRODUCTS, describe
+
+NO_DRIVER = (9, 12)
+"""NVML errors that mean there is none: driver not loaded, library not found (nvml.h, nvmlReturn_t)."""
 
 
 def probe(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
     """The GPUs a CUDA program would see, numbered as it would see them. ``root`` is for tests.
 
-    Raises :class:`LookupError` when the driver shows a GPU that only NVML could place.
+    Raises :class:`LookupError` when the driver shows a GPU that only NVML could place, or is there and broken.
     """
     visible = environ.get(PLATFORM.visible_devices_env or "")
     toolkit = {"cuda": v} if (v := torch_build("cuda")) else {}
     nvml = _nvml()
     if nvml is None:
-        return tuple(_from_proc(root, visible, toolkit))
+        found = tuple(_from_proc(root, visible, toolkit))
+        if not found and visible is None and any((root / "dev").glob("nvidia[0-9]*")):
+            raise LookupError(
+                "there are NVIDIA device nodes, but neither NVML nor /proc/driver/nvidia answers; check the driver "
+                "(nvidia-smi), and in a container that its driver files are mounted"
+            )
+        return found
     try:
         return tuple(_from_nvml(nvml, visible, toolkit))
     finally:
         nvml.nvmlShutdown()
 
 
-def torch_build(runtime: str) -> str | None:
-    """Version of ``cuda`` that the installed torch was built for, read from its version file without importing it."""
-    try:
-        spec = importlib.util.find_spec("torch")
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    text = ""
-    with suppress(OSError):
-        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    found = re.search(rf"^{runtime}\b[^=]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    return found[1] if found else None
-
-
 def _nvml() -> Any:
-    """The initialised NVML bindings, None without them or without a driver to talk to."""
+    """The initialised NVML bindings, None without them or without a driver to talk to.
+
+    Raises :class:`LookupError` for a driver that answers with an error: CUDA will not work either.
+    """
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-    except Exception:  # not installed, another package of that name, no driver, driver and library out of step
-        return None
+    except Exception as e:  # not installed, another package of that name, no driver
+        code = getattr(e, "value", None)
+        if code is None or code in NO_DRIVER:
+            return None
+        raise LookupError(
+            f"the NVIDIA driver does not work: NVML says {e}; see nvidia-smi, and reboot after an update of the driver"
+        ) from e
     return nvml
 
 
@@ -91,13 +94,10 @@ def _whole_gpu(nvml: Any, entry: str) -> str:
 
 def _from_proc(root: Path, visible: str | None, toolkit: Mapping[str, str]) -> Iterator[Device]:
     driver = root / "proc/driver/nvidia"
-    version = ""
-    with suppress(OSError):
-        line = (driver / "version").read_text(encoding="utf-8", errors="replace")
-        version = (re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", line) or [""])[0]
+    version = (re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", text_of(driver / "version")) or [""])[0]
     cards = []
     for file in sorted(driver.glob("gpus/*/information")):
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = text_of(file).splitlines()
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         cards.append((file.parent.name, facts.get("Model", ""), facts.get("GPU UUID", "")))
     if cards and visible is not None and "MIG-" in visible:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from attn_core.probing import closed, torch_build
 from attn_core.spec import Device
 from attn_plugin_intel.platform import PLATFORM, describe
 
@@ -27,11 +28,15 @@ _ARCHS = {f"0x{number}": arch for arch, numbers in PCI.items() for number in num
 
 
 def probe(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
-    """The GPUs a Level Zero program would see, numbered as it would see them. ``root`` is for tests."""
+    """The GPUs a Level Zero program would see, numbered as it would see them. ``root`` is for tests.
+
+    Raises :class:`LookupError` when there are GPUs that this user may not open.
+    """
     cards = list(_cards(root))
+    versions = {"xpu": v} if (v := torch_build("xpu")) else {}
     at = selected(environ.get(PLATFORM.visible_devices_env or ""), len(cards))
     return tuple(
-        describe(cards[i][1], index=index, name=f"Intel {cards[i][1].upper()}", bus_id=cards[i][0])
+        describe(cards[i][1], index=index, name=f"Intel {cards[i][1].upper()}", bus_id=cards[i][0], versions=versions)
         for index, i in enumerate(at)
     )
 
@@ -42,7 +47,10 @@ def _cards(root: Path) -> Iterator[tuple[str, str]]:
     for card in (root / "sys/class/drm").glob("renderD*"):
         with suppress(OSError):
             vendor, number = ((card / "device" / f).read_text().strip() for f in ("vendor", "device"))
-            if vendor == VENDOR and number in _ARCHS and (root / "dev/dri" / card.name).exists():
+            node = root / "dev/dri" / card.name
+            if vendor == VENDOR and number in _ARCHS and node.exists():
+                if closed(node):
+                    raise LookupError(f"an Intel GPU is here, but this user may not open {node}; join the group render")
                 found.append(((card / "device").resolve().name, _ARCHS[number]))
     yield from sorted(found)
 

@@ -6,13 +6,11 @@ cannot reach (containers see all of sysfs, but not all devices) are left out, as
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
+from attn_core.probing import closed, text_of, torch_build
 from attn_core.spec import Device
 from attn_plugin_rocm.platform import describe
 
@@ -22,9 +20,16 @@ _VRAM = {1, 2}
 
 
 def probe(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
-    """The GPUs a HIP program would see, numbered as it would see them. ``root`` is for tests."""
+    """The GPUs a HIP program would see, numbered as it would see them. ``root`` is for tests.
+
+    Raises :class:`LookupError` when there are GPUs that this user may not open.
+    """
     versions = {k: v for k, v in (("hip", torch_build("hip")), ("rocm", _rocm(root))) if v}
     found = list(_nodes(root))
+    renders = [root / f"dev/dri/renderD{facts.get('drm_render_minor', 0)}" for _, facts in found]
+    shut = [str(node.relative_to(root)) for node in (root / "dev/kfd", *renders) if found and closed(node)]
+    if shut:
+        raise LookupError(f"AMD GPUs are here, but this user may not open {', '.join(shut)}; join the group render")
     uuids = [f"GPU-{facts.get('unique_id', 0):016x}" for _, facts in found]
     at = selected(environ.get("ROCR_VISIBLE_DEVICES"), uuids)
     # HIP reads CUDA's variable where its own is not set, and counts within what ROCR left.
@@ -38,25 +43,8 @@ def arch_of(target: int) -> str:
     return f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
 
 
-def torch_build(runtime: str) -> str | None:
-    """Version of ``hip`` that the installed torch was built for, read from its version file without importing it."""
-    try:
-        spec = importlib.util.find_spec("torch")
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    text = ""
-    with suppress(OSError):
-        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    found = re.search(rf"^{runtime}\b[^=]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    return found[1] if found else None
-
-
 def _rocm(root: Path) -> str:
-    with suppress(OSError):
-        return (root / "opt/rocm/.info/version").read_text(encoding="utf-8").strip().partition("-")[0]
-    return ""
+    return text_of(root / "opt/rocm/.info/version").strip().partition("-")[0]
 
 
 def _nodes(root: Path) -> Iterator[tuple[Path, dict[str, int]]]:
@@ -71,9 +59,7 @@ def _nodes(root: Path) -> Iterator[tuple[Path, dict[str, int]]]:
 def _device(node: Path, facts: Mapping[str, int], index: int, versions: Mapping[str, str]) -> Device:
     banks = [_properties(b) for b in sorted(node.glob("mem_banks/*/properties"))]
     memory = sum(b.get("size_in_bytes", 0) for b in banks if b.get("heap_type") in _VRAM)
-    name = ""
-    with suppress(OSError):
-        name = (node / "name").read_text(encoding="utf-8").strip()
+    name = text_of(node / "name").strip()
     location = facts.get("location_id")
     bus_id = None
     if location is not None:  # bus, device and function, packed as PCI packs them
@@ -85,10 +71,7 @@ def _device(node: Path, facts: Mapping[str, int], index: int, versions: Mapping[
 
 def _properties(file: Path) -> dict[str, int]:
     """``name value`` lines; empty for a node this process may not read."""
-    text = ""
-    with suppress(OSError):
-        text = file.read_text(encoding="utf-8", errors="replace")
-    pairs = (line.split() for line in text.splitlines())
+    pairs = (line.split() for line in text_of(file).splitlines())
     return {p[0]: int(p[1]) for p in pairs if len(p) == 2 and p[1].isdigit()}
 
 
