@@ -20,7 +20,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-SETS = ("resolve", "fleet", "overhead", "adapters", "torch_ops", "hf_paged", "cpu", "vllm_cpu", "transformers")
+SETS = (
+    "resolve",
+    "vendors",
+    "fleet",
+    "overhead",
+    "adapters",
+    "torch_ops",
+    "hf_paged",
+    "cpu",
+    "vllm_cpu",
+    "transformers",
+)
 
 
 @click.command()

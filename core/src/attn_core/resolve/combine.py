@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, product
+from itertools import chain, groupby, product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from attn_core.catalog import DeviceCatalog
@@ -258,14 +259,20 @@ class GroupSpace:
             lists.append(rows if few else self._undominated(role, rows))
         required = [r not in ACCOMPANYING for r in self.roles]
         masks = [self.masks[r] for r in self.roles]
-        for key, picks in ordered(lists, required):
-            mask = self.full
-            for m, c in zip(masks, picks):
-                mask &= m[id(c)]
-            if mask and self.rules:
-                mask &= self.rules_mask(picks)
-            if mask:
-                yield Combination(key, picks, mask, self.project(mask))
+        for head, tied in levels(lists, required):
+            possible = []  # most are not, so that is found out before they are put in order
+            for picks in tied:
+                mask = self.full
+                for m, c in zip(masks, picks):
+                    mask &= m[id(c)]
+                if mask and self.rules:
+                    mask &= self.rules_mask(picks)
+                if mask:
+                    possible.append((_tail(picks), picks, mask))
+            if len(possible) > 1:
+                possible.sort(key=itemgetter(0))
+            for tail, picks, mask in possible:
+                yield Combination((*head, *tail), picks, mask, self.project(mask))
 
     @property
     def reach(self) -> int:
@@ -356,13 +363,14 @@ def union(masks: Any) -> int:
     return out
 
 
-def ordered(
+def levels(
     lists: Sequence[Sequence[Candidate]], required: Sequence[bool]
-) -> Iterator[tuple[Key, tuple[Candidate, ...]]]:
-    """All combinations of one candidate per list (each best first), lazily in the order of their keys.
+) -> Iterator[tuple[Key, Iterator[tuple[Candidate, ...]]]]:
+    """All combinations of one candidate per list (each best first): the heads of their keys in order, lazily, each with
+    the combinations that share it, in any order.
 
     Rows equal in (tier, rank, padded) form a class; the key's first four parts grow along every list of classes, so
-    a heap over class indices pops them in order, and only ties are sorted by names.
+    a heap over class indices pops them in order.
     """
     if not all(lists):
         return
@@ -381,11 +389,7 @@ def ordered(
                     if after not in seen:
                         seen.add(after)
                         heapq.heappush(heap, (_head([c[i][0] for c, i in zip(classes, after)], required), after))
-        tied = [(_tail(p), p) for index in level for p in product(*(c[i] for c, i in zip(classes, index)))]
-        if len(tied) > 1:
-            tied.sort(key=lambda t: t[0])
-        for tail, picks in tied:
-            yield (*head, *tail), picks
+        yield head, chain.from_iterable(product(*(c[i] for c, i in zip(classes, index))) for index in level)
 
 
 def _preference(c: Candidate) -> tuple[int, int, int, int]:

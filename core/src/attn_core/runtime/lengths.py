@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_core.errors import BadInputError
 
 _INT32_MAX = 2**31 - 1
-FEW = 64
+FEW = 128
 """Up to so many sequences Python's integers are faster than tensors: an operation costs as much as ten of theirs."""
 
 

@@ -52,17 +52,17 @@ def ragged_positions(offsets: Tensor, counts: Tensor, total: int) -> tuple[Tenso
 def csr_pages(block_table: Tensor, indptr: Tensor, counts: Tensor, last_page_len: Tensor) -> CsrPages:
     """Flatten a block table ``(num_seqs, max_pages)`` by host page counts.
 
-    Most of what a step costs adapters that read lists of pages, hence few operations: row i's pages lie ``shifts[i]``
-    further in the table than in the list, so one gather by place and shift does it.
+    Most of what a step costs adapters that read lists of pages, hence few operations. The places of the listed pages in
+    the table rise by one within a row, and by what the row leaves unused at its end. int32: a table of 2**31 entries
+    would be 8 GiB of page ids. ``repeat_interleave`` would start every thread of a CPU for four numbers.
     """
-    (rows, columns), device, total = block_table.shape, block_table.device, indptr.tolist()[-1]
-    shifts = torch.arange(0, rows * columns, max(columns, 1))
-    shifts -= indptr[:-1]
-    places = torch.repeat_interleave(
-        shifts.to(device, non_blocking=True), counts.to(device, non_blocking=True), output_size=total
-    )
-    places += torch.arange(total, device=device)
-    return CsrPages(indptr=indptr, indices=block_table.take(places), last_page_len=last_page_len)
+    columns, device, total = block_table.shape[1], block_table.device, indptr.tolist()[-1]
+    steps = torch.ones(total + 1, dtype=torch.int32, device=device)  # the last one is never read
+    steps[:1].zero_()
+    unused = (columns - counts).to(device, non_blocking=True)
+    steps.index_add_(0, indptr[1:].to(device, non_blocking=True), unused)
+    places = steps.cumsum(0, dtype=torch.int32)[:-1]
+    return CsrPages(indptr=indptr, indices=block_table.reshape(-1).index_select(0, places), last_page_len=last_page_len)
 
 
 def key_slots(
