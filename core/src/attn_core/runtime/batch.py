@@ -328,7 +328,7 @@ class Batch:
         need = 0 if slots is None else checks.slot_range(slots, page_size, num_pages)
         if table is None:
             return need
-        return max(need, checks.page_ids(table, lengths.keys, page_size, num_pages, exact=lengths.exact))
+        return max(need, checks.page_ids(table, lengths, page_size, num_pages))
 
     def csr(self, page_size: int) -> CsrPages:
         """The block table as one list of pages. Needs exact host lengths."""

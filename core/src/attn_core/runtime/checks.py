@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_core.errors import BadInputError
+from attn_core.runtime.lengths import Lengths
 
 Spans = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -151,25 +152,27 @@ def slots(slot_mapping: Tensor | None, attn_type: str, num_tokens: int, num_keys
         raise BadInputError(f"Batch: slot_mapping has {count} entries, more than the {num_keys} keys of the batch")
 
 
-def page_ids(block_table: Tensor, keys: Sequence[int], page_size: int, num_pages: int | None, *, exact: bool) -> int:
+def page_ids(block_table: Tensor, lengths: Lengths, page_size: int, num_pages: int | None) -> int:
     """Table wide enough, and every id it will be read at a page of the cache. Returns the highest id plus one.
 
     Ids are read where that costs no synchronisation (a host table), or where ``num_pages`` asks for it; else 0 comes
     back. Bounds are checked for width only: entries past the true length are never read.
     """
-    need, width = -(-max(keys) // page_size), block_table.shape[1]
+    need, width = -(-lengths.max_kv // page_size), block_table.shape[1]
     if need > width:
+        keys = lengths.keys
         row = max(range(len(keys)), key=keys.__getitem__)
         raise BadInputError(
             f"Batch: block_table has {width} columns, but row {row} with {keys[row]} keys needs {need} pages of "
             f"{page_size}; allocate pages before building the batch"
         )
-    if not exact or (num_pages is None and block_table.device.type != "cpu"):
+    if not lengths.exact or (num_pages is None and block_table.device.type != "cpu"):
         return 0
-    counts = torch.tensor([-(-k // page_size) for k in keys], device=block_table.device)
-    used = torch.arange(need, device=block_table.device) < counts[:, None]
-    ids = torch.where(used, block_table[:, :need], 0)
-    low, high = int(ids.min()), int(ids.max())
+    if not need:
+        return 0
+    first_keys = torch.arange(0, need * page_size, page_size, device=block_table.device)
+    ids = block_table[:, :need] * (first_keys < lengths.kv_on_device.unsqueeze(1))
+    low, high = map(int, torch.aminmax(ids))
     if low < 0 or (num_pages is not None and high >= num_pages):
         wrong = low if low < 0 else high
         row, column = (int(i) for i in (ids == wrong).nonzero()[0])
