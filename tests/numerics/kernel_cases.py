@@ -173,6 +173,8 @@ def step(group: BoundGroup, lengths: Lengths = MIXED, *, seed: int = 0, scales: 
         k, v = random(g, dtype, tokens, s.latent_dim or 0), random(g, dtype, tokens, s.rope_dim or 0)
     else:
         q = random(g, dtype, tokens, s.num_heads, s.head_dim)
+        if s.dual_chunk is not None:
+            q = (q, *(random(g, dtype, tokens, s.num_heads, s.head_dim) for _ in range(2)))
         k = random(g, dtype, tokens, s.num_kv_heads, s.head_dim)
         v = random(g, dtype, tokens, s.num_kv_heads, s.v_head_dim)
     if bounds is not None:

@@ -23,7 +23,7 @@ from attn_core.compare import differences, replay
 from attn_core.errors import AttnCoreError, BadInputError, NoBackendError
 from attn_core.fleet import FleetDecision
 from attn_core.fleet import read as read_fleet
-from attn_core.platform import Platform, get_platform, installed_plugins, simulate
+from attn_core.platform import Platform, find_device, get_platform, installed_plugins, simulate
 from attn_core.plugins import Plugins, discover, installed_packages, load_plugins, slot_conflict
 from attn_core.spec import Decision, ModelSpec, Requirement
 from attn_core.spec.decision import SCHEMA
@@ -245,15 +245,18 @@ def _plugin_table(rows: list[dict[str, Any]]) -> Table:
 
 
 @cli.command()
+@click.option("--device", metavar="P:ARCH", help="what this machine would lack if it had that device")
 @click.option("--json", "as_json", is_flag=True)
-def doctor(as_json: bool) -> None:
+def doctor(device: str | None, as_json: bool) -> None:
     """Devices, plugins and packages of this machine; what is broken and what to do."""
     loaded = _plugins_as_they_are()
-    devices = loaded.probe()
+    devices = loaded.probe() if device is None else (find_device(device, loaded.platforms()),)
     catalog = loaded.catalog(devices)
     present = installed_packages(catalog, devices)
     rows = _package_rows(catalog, present)
     conflict = slot_conflict(loaded.platforms().values())
+    specs = loaded.platforms()
+    advice = {str(d): specs[d.platform].advice.get(d.arch, ()) for d in devices if d.platform in specs}
     if as_json:
         _print_json(
             {
@@ -262,6 +265,7 @@ def doctor(as_json: bool) -> None:
                 "plugins": [r.to_json() for r in loaded.reports],
                 "packages": rows,
                 "conflicts": [conflict] if conflict else [],
+                "advice": {name: list(texts) for name, texts in advice.items() if texts},
             }
         )
         return
@@ -282,6 +286,9 @@ def doctor(as_json: bool) -> None:
         for row in rows:
             table.add_row(row["requires"], row["found"] or "absent", ", ".join(row["backends"]), row["hint"])
         console.print(table)
+    for name, texts in advice.items():
+        for text in texts:
+            console.print(f"[yellow]{name}[/]: {text}")
     if conflict:
         console.print(f"[red]conflict[/]: {conflict}")
     broken = [r for r in loaded.reports if r.status in ("failed", "incompatible")]

@@ -119,6 +119,7 @@ GOLDEN: dict[str, dict[str, AttentionSpec | LinearSpec]] = {
         "full": full(32, 32, 128, range(3, 32, 4)),
     },
     "qwen2.5-0.5b": {"full": full(14, 2, 64, range(24))},
+    "qwen2.5-7b-instruct-1m": {"full": full(28, 4, 128, range(28), dual_chunk=262144 - 8192)},
     "qwen2.5-vl-7b": {
         "full": full(28, 4, 128, range(28)),
         "vision": tower(16, 80, (7, 15, 23, 31)),

@@ -323,6 +323,17 @@ def test_qwen2_vl_states_the_tower_width_as_embed_dim() -> None:
     assert read("qwen2_vl", vision_config=tower).groups["vision"].head_dim == 80
 
 
+def test_dual_chunks_overlap_by_the_local_part() -> None:
+    config = {"chunk_size": 32, "local_size": 8, "sparse_attention_enabled": True}
+    assert read("qwen2", dual_chunk_attention_config=config).groups["full"].dual_chunk == 24
+    assert read("qwen2", dual_chunk_attention_config={}).groups["full"].dual_chunk == 8192 - 1024
+    assert read("qwen2", dual_chunk_attention_config=None).groups["full"].dual_chunk is None
+    with pytest.raises(BadInputError, match="local_size=32"):
+        read("qwen2", dual_chunk_attention_config={"chunk_size": 32, "local_size": 32})
+    with pytest.raises(BadInputError, match="read without dual chunk attention"):
+        read("t5", dual_chunk_attention_config={"chunk_size": 32})
+
+
 def test_layers_with_own_sizes_become_groups_of_their_own() -> None:
     a, b = (AttentionSpec(num_heads=8, head_dim=d, dtype="float16") for d in (64, 128))
     groups = collect([(0, "full", a), (1, "full", b), (2, "full", a), (3, "sliding", b)])

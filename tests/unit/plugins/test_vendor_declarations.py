@@ -18,6 +18,7 @@ KNOWN = [pytest.param(name, dev, id=f"{name}-{dev.arch}") for name, dev in known
 BACKENDS = {
     "cuda": {
         "flashinfer", "fa2", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "cutlass_mla", "cutedsl_mla", "flashmla", "dsa",
+        "dual_chunk_flash_attn",
     },
     "musa": {"fa3", "flashmla"},
     "rocm": {"aiter", "wave"},

@@ -75,6 +75,11 @@ class Held:
     plan: Plan | None
 
     def __init__(self, group: BoundGroup) -> None:
+        if group.spec.dual_chunk is not None:
+            raise AttnCoreError(
+                f"group {group.name!r} has dual chunk attention, whose three q the operators have no arguments for; "
+                "call group.forward"
+            )
         form = next(group.bindings[r].form for r in ("decode", "prefill", "encode") if r in group.bindings)
         facts = group.spec.facts(form)
         width = facts["v_head_dim"]

@@ -57,6 +57,7 @@ def attention(v: View, **traits: Any) -> AttentionSpec:
         "scale": scale(v) or spec.scale,
         "logit_softcap": v.get("attn_logit_softcapping"),
         "sinks": sinks(v),
+        "dual_chunk": dual_chunk(v),
     }
     return replace(spec, **{**stated, **traits})
 
@@ -106,6 +107,23 @@ def sinks(v: View) -> bool:
     stated = {name: v.get(name) for name in SINK_FLAGS}
     flags = [check.flag(v.name, name, value) for name, value in stated.items() if value is not None]
     return any(flags)
+
+
+def dual_chunk(v: View) -> int | None:
+    """Tokens of a chunk of dual chunk attention, which the config states with the local part that overlaps.
+
+    ``sparse_attention_config`` is for the sparse estimate by which engines approximate it beyond a length; that is
+    another kernel's promise, the attention that the model means is this one. Defaults as in vLLM and SGLang
+    (dual_chunk_flash_attn.py at 006e0ac; dual_chunk_flashattention_backend.py at 1951f6a).
+    """
+    stated = v.sub("dual_chunk_attention_config")
+    if stated is None:
+        return None
+    inner = View(stated, parent=v)
+    chunk, local = inner.size("chunk_size", 8192), inner.count("local_size", 1024)
+    if local >= chunk:
+        raise BadInputError(f"{v.name}: dual_chunk_attention_config has local_size={local}, chunk_size={chunk}")
+    return chunk - local
 
 
 def causal(v: View) -> bool:

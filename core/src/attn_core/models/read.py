@@ -15,11 +15,15 @@ from attn_core.models.view import TEXT_KEYS, View
 from attn_core.spec.model import ModelSpec
 
 REFUSED = {
-    "dual_chunk_attention_config": "dual chunk attention is not in the vocabulary; remove the field to run with plain "
-    "attention up to the original context length",
     "block_configs": "layers with individual heads (NAS models) are not read; describe the groups with AttentionSpec",
 }
 """Fields that change attention in any model that has them, and that no group can express."""
+
+READ_BY_SOME = {
+    "dual_chunk_attention_config": "its family is read without dual chunk attention; remove the field to run with "
+    "plain attention up to the original context length",
+}
+"""Fields that change attention in any model that has them, refused where the family's reader did not look at them."""
 
 
 def read_hf_config(config: str | Path | Mapping[str, Any] | Any) -> ModelSpec:
@@ -50,6 +54,9 @@ def _read(data: Mapping[str, Any]) -> ModelSpec:
         if v.get(name):
             raise BadInputError(f"{v.name}: {name} is set: {why}")
     groups = reader(v)
+    for name, why in READ_BY_SOME.items():
+        if name not in v.used and v.get(name):
+            raise BadInputError(f"{v.name}: {name} is set: {why}")
     if draft.is_draft(top.architecture):
         groups = groups if v.kind == "mimo_v2_mtp" else draft.trim(v, groups)
     else:

@@ -220,6 +220,8 @@ class GroupSpace:
                 if name in RELEVANT:
                     if name not in self.roles:
                         return None
+                    if side is c.when and not any(x.spec.backend in d for x in self.candidates[name]):
+                        return None  # it is about a backend that cannot be chosen
                     on_roles[self.roles.index(name)] = d
                 elif FIELDS[name].settled:
                     universe = self.local if name in LOCAL else self.shared

@@ -191,7 +191,7 @@ class BoundGroup:
         if len(kinds) == 2:
             both = steps.mixed(
                 self.decode, self.prefill,
-                split_q=spec.kind == "mla" and self.mla_query == "split",
+                split_q=spec.dual_chunk is not None or (spec.kind == "mla" and self.mla_query == "split"),
                 decode_kv=appends["decode"], prefill_kv=together,
                 width=self._bound["decode"].fit.v_head_dim, dtype=self.bindings["decode"].dtype,
             )  # fmt: skip

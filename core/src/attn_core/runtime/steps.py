@@ -69,7 +69,7 @@ def mixed(
 ) -> Attend:
     """Decode rows, then the rest, on slices of q and of the output. ``*_kv``: that kernel looks at k and v too.
 
-    ``width`` and ``dtype`` are the output's; ``split_q``: q is a pair of tensors.
+    ``width`` and ``dtype`` are the output's; ``split_q``: q is several tensors.
     """
 
     def cut(q: Any, where: slice) -> Any:

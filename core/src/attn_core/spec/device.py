@@ -90,6 +90,8 @@ class PlatformSpec:
     """Devices this platform can describe without having them; the base of ``simulate()``."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Product name -> arch, lower case: ``{"gb10": "sm_121"}``."""
+    advice: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arch -> what its owner must know that no requirement of a backend says; ``attn-core doctor`` prints it."""
     specificity: int = 0
     """Two probes that report one physical device: the higher keeps it (ROCm over CUDA tools on ROCm)."""
 
@@ -102,6 +104,9 @@ class PlatformSpec:
         object.__setattr__(self, "aliases", dict(self.aliases))
         object.__setattr__(self, "known", tuple(self.known))
         archs = {d.arch for d in self.known}
+        object.__setattr__(self, "advice", {arch: tuple(texts) for arch, texts in self.advice.items()})
+        if stray := sorted(set(self.advice) - archs):
+            raise BadInputError(f"{where}: advice for unknown arch {stray[0]!r}; known: {sorted(archs)}")
         for d in self.known:
             if d.platform != self.name:
                 raise BadInputError(f"{where}: known device {d} belongs to another platform")

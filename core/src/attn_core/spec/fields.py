@@ -62,6 +62,8 @@ _TABLE = (
     Field("custom_scale", "group", bool, OFF, "", "scale differs from 1/sqrt(model head_dim)"),
     Field("sliding_window", "group", int, PLAIN, "tokens", "W tokens, the token itself included; encoder: |i-j| < W"),
     Field("attention_chunk", "group", int, PLAIN, "tokens", "keys of the query's own chunk only (Llama 4)"),
+    Field("dual_chunk", "group", int, PLAIN, "tokens", "a chunk's length; keys of a token's own chunk, of the one "
+          "before and of earlier ones each meet a query of their own (Qwen2.5-1M)"),
     Field("bidirectional_prefix", "group", bool, OFF, "", "spans attend in both directions (Gemma 3 images)"),
     Field("logit_softcap", "group", float, PLAIN, "", "cap * tanh(logits / cap) before the mask"),
     Field("sinks", "group", bool, OFF, "", "a learned per-head logit joins the softmax denominator"),

@@ -47,6 +47,10 @@ class AttentionSpec:
     scale: float | None = None
     sliding_window: int | None = None
     attention_chunk: int | None = None
+    dual_chunk: int | None = None
+    """Dual chunk attention: tokens of a chunk. A query comes as three tensors, turned for keys of its own chunk, of the
+    one before, and of all earlier ones; one softmax over all of them. How much a long context sharpens it is no
+    business of kernels: engines put that factor into q and k (arXiv 2501.15383)."""
     bidirectional_prefix: bool = False
     logit_softcap: float | None = None
     sinks: bool = False
@@ -72,7 +76,8 @@ class AttentionSpec:
         check.choice(where, "kind", self.kind, ("mha", "mla"))
         check.choice(where, "attn_type", self.attn_type, _ROLES)
         check.choice(where, "sparse", self.sparse, ("none", "dsa"))
-        for name in ("latent_dim", "rope_dim", "nope_dim", "sliding_window", "attention_chunk", "topk"):
+        sizes = ("latent_dim", "rope_dim", "nope_dim", "sliding_window", "attention_chunk", "dual_chunk", "topk")
+        for name in sizes:
             check.size(where, name, getattr(self, name), optional=True, least=0 if name.endswith("_dim") else 1)
         for name in ("sinks", "bias", "bidirectional_prefix"):
             check.flag(where, name, getattr(self, name))
@@ -98,6 +103,13 @@ class AttentionSpec:
                 )
             if self.attn_type != "decoder":
                 raise BadInputError(f"{where}: kind='mla' is decoder attention, not {self.attn_type}")
+        narrowed = self.sliding_window is not None or self.attention_chunk is not None
+        if self.dual_chunk is not None and (self.kind != "mha" or self.attn_type != "decoder" or narrowed):
+            raise BadInputError(
+                f"{where}: dual_chunk is for causal mha decoders without sliding_window and attention_chunk; got "
+                f"kind={self.kind!r}, attn_type={self.attn_type!r}, sliding_window={self.sliding_window}, "
+                f"attention_chunk={self.attention_chunk}"
+            )
         if self.sparse == "dsa" and not self.topk:
             raise BadInputError(f"{where}: sparse='dsa' needs topk, the number of indices per query")
         layers = tuple(self.layers)
@@ -164,6 +176,7 @@ class AttentionSpec:
             "custom_scale": self.custom_scale,
             "sliding_window": self.sliding_window,
             "attention_chunk": self.attention_chunk,
+            "dual_chunk": self.dual_chunk,
             "bidirectional_prefix": self.bidirectional_prefix,
             "logit_softcap": self.logit_softcap,
             "sinks": self.sinks,

@@ -2,7 +2,8 @@
 
 For query i of a sequence at position p, head h and the keys j it may see (:func:`visible`)::
 
-    x_j = scale * q_i . k_j                      k and v of kv head h // group_size, stored values times their scale
+    x_j = scale * q_i . k_j                      k and v of kv head h // group_size, stored values times their scale;
+                                                 dual_chunk: q for p // chunk - j // chunk of 0, 1, more
     x_j = softcap * tanh(x_j / softcap)          logit_softcap
     x_j = x_j - slope_h * |j - p|                alibi (for causal attention: slope_h * (j - p))
     x_j = x_j + bias_hij                         bias
@@ -66,11 +67,12 @@ def visible(
 
 
 def attend(
-    q: Tensor,
+    q: Tensor | tuple[Tensor, ...],
     k: Tensor,
     v: Tensor,
     seen: Tensor,
     *,
+    dual_chunk: int | None = None,
     scale: float,
     softcap: float | None = None,
     alibi_slopes: Sequence[float] | None = None,
@@ -80,12 +82,18 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """One sequence. ``q`` ``(tokens, heads, d)``, ``k`` ``(keys, kv heads, d)``, ``v`` ``(keys, kv heads, dv)``,
     ``seen`` bool ``(tokens, keys)``, ``offset`` the first query's position, ``bias`` ``(heads or 1, tokens, keys)``,
-    ``sinks`` ``(heads,)``. Returns float64 ``(tokens, heads, dv)`` and ``(tokens, heads)``."""
-    q, k, v = (t.detach().cpu().double() for t in (q, k, v))
-    tokens, heads, _ = q.shape
+    ``sinks`` ``(heads,)``. With ``dual_chunk`` three q, see :class:`AttentionSpec`.
+    Returns float64 ``(tokens, heads, dv)`` and ``(tokens, heads)``."""
+    queries = [t.detach().cpu().double() for t in (q if isinstance(q, tuple) else (q,))]
+    k, v = (t.detach().cpu().double() for t in (k, v))
+    tokens, heads, _ = queries[0].shape
     keys, kv_heads, _ = k.shape
     k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
-    x = scale * torch.einsum("ihd,jhd->hij", q, k)
+    x = scale * torch.einsum("ihd,jhd->hij", queries[0], k)
+    if dual_chunk is not None:
+        back = (torch.arange(tokens)[:, None] + offset) // dual_chunk - torch.arange(keys) // dual_chunk
+        for chunks, other in enumerate(queries[1:], 1):
+            x = torch.where(back >= chunks, scale * torch.einsum("ihd,jhd->hij", other, k), x)
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     if alibi_slopes is not None:
@@ -131,7 +139,7 @@ def true_kv_lens(batch: Batch) -> list[int]:
 def attention(
     spec: AttentionSpec,
     batch: Batch,
-    q: Tensor | tuple[Tensor, Tensor],
+    q: Tensor | tuple[Tensor, ...],
     k: Tensor | None = None,
     v: Tensor | None = None,
     kv_cache: KVCache | None = None,
@@ -148,7 +156,8 @@ def attention(
     With an MLA cache this is the absorbed form: q packed or a pair, output of latent width. ``alibi_slopes`` and
     ``scale`` default to the spec's.
     """
-    packed = torch.cat(q, -1) if isinstance(q, tuple) else q
+    packed = torch.cat(q, -1) if isinstance(q, tuple) and spec.dual_chunk is None else q
+    parts = packed if isinstance(packed, tuple) else (packed,)
     slopes = spec.alibi_slopes if alibi_slopes is None else alibi_slopes
     outputs, sums, token, key = [], [], 0, 0
     for i, (n, m) in enumerate(zip(batch.query_lens.tolist(), true_kv_lens(batch))):
@@ -169,7 +178,7 @@ def attention(
             indices=None if indices is None else indices[token : token + n],
         )  # fmt: skip
         o, lse = attend(
-            packed[token : token + n], keys, values, seen,
+            tuple(part[token : token + n] for part in parts), keys, values, seen, dual_chunk=spec.dual_chunk,
             scale=spec.softmax_scale if scale is None else scale, softcap=spec.logit_softcap, alibi_slopes=slopes,
             offset=m - n if batch.attn_type == "decoder" else 0,
             bias=None if bias is None else bias[i if bias.shape[0] > 1 else 0, :, :n, :m], sinks=sinks,

@@ -1,6 +1,6 @@
 """NVIDIA GPUs for attn-core: which are here, what their kernels promise, the rules among them, and adapters.
 
-The rows of ``backends`` and ``backends_mla`` name the adapters in ``kernels``, which are imported when a backend is
+The rows of the ``backends`` modules name the adapters in ``kernels``, which are imported when a backend is
 bound. Importing this imports no torch, no kernel package and touches no device.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from attn_core.hookspecs import hookimpl
 from attn_core.spec import BackendSpec, Constraint, Device, PlatformSpec
-from attn_plugin_cuda import backends, backends_mla, platform, probe
+from attn_plugin_cuda import backends, backends_dual_chunk, backends_mla, platform, probe
 
 __version__ = "0.1.0"
 
@@ -29,9 +29,9 @@ def attn_probe_devices() -> Iterable[Device]:
 def attn_backends(device: Device) -> Iterable[BackendSpec]:
     if device.platform != platform.PLATFORM.name:
         return ()
-    return (*backends.rows(device), *backends_mla.rows(device))
+    return (*backends.rows(device), *backends_mla.rows(device), *backends_dual_chunk.ROWS)
 
 
 @hookimpl
 def attn_constraints(device: Device) -> Iterable[Constraint]:
-    return backends.RULES if device.platform == platform.PLATFORM.name else ()
+    return (*backends.RULES, *backends_dual_chunk.RULES) if device.platform == platform.PLATFORM.name else ()

@@ -42,6 +42,22 @@ KNOWN = {
 }
 PRODUCTS = {product: arch for arch, _, _, products in _TABLE for product in products.split()}
 
+_SM12X = (
+    "vendors' wheels must hold code for sm_12x (cuobjdump --list-elf on their libraries): binaries for sm_90 or sm_100 "
+    "do not run here",
+    "FlashInfer compiles its kernels at first use: nvcc of that CUDA must be found (CUDA_HOME), and ninja on the PATH",
+)
+ADVICE = {
+    "sm_120": _SM12X,
+    "sm_121": (
+        "Triton 3.6 and later bring an assembler that knows sm_121a; TRITON_PTXAS_BLACKWELL_PATH names another. Older "
+        "Triton needs TRITON_PTXAS_PATH set to the ptxas of CUDA 13 (12.9 at least)",
+        *_SM12X,
+    ),
+}
+"""Sources: sglang PR 18758; Triton 3.6.0 and 3.8.0 backends/nvidia/compiler.py (get_ptxas; their ptxas are 12.9 and
+13.3 for such chips); FlashInfer 0.7.2 utils.py, jit/core.py."""
+
 PLATFORM = PlatformSpec(
     name="cuda",
     torch_device="cuda",
@@ -51,6 +67,7 @@ PLATFORM = PlatformSpec(
     stream="torch.cuda:Stream",
     known=tuple(KNOWN.values()),
     aliases=PRODUCTS,
+    advice=ADVICE,
 )
 
 
