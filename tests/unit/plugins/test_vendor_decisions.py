@@ -63,7 +63,7 @@ def test_products_have_archs(product: str, arch: str) -> None:
         ("musa:mp31", "fa3", "fa3"),
         ("musa:mp22", "triton", "triton"),
         ("ascend:910b", "ascend", "ascend"),
-        ("xpu:bmg", "intel_xpu", "triton"),
+        ("xpu:bmg", "intel_xpu", "intel_xpu"),
         ("xpu:pvc", "triton", "triton"),
         ("cpu:amx_bf16", "intel_amx", "intel_amx"),
         ("cpu:avx512_bf16", "vllm_cpu", "triton"),

@@ -12,6 +12,9 @@ from attn_core.spec.fields import GRAPHS
 
 BackendPin = str | Mapping[str, str] | None
 
+ALIASES = {"nsa": "dsa"}
+"""Other names under which engines know a backend (SGLang's first name for DeepSeek's sparse attention) -> ours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -71,15 +74,17 @@ class EngineOptions:
         check.size(where, "max_num_seqs", self.max_num_seqs, optional=True)
         given: Any = self.deny
         deny = (given,) if isinstance(given, str) else tuple(given)
-        put(self, "deny", tuple(sorted(set(deny))))
+        put(self, "deny", tuple(sorted({ALIASES.get(name, name) for name in deny})))
         for name in ("backend", "prefill_backend", "decode_backend"):
             pin = getattr(self, name)
             if isinstance(pin, Mapping):
-                put(self, name, dict(sorted(pin.items())))
+                put(self, name, {group: ALIASES.get(x, x) for group, x in sorted(pin.items())})
             elif pin is not None and not (isinstance(pin, str) and pin):
                 raise BadInputError(
                     f"{where}: {name}={pin!r} must be a backend name, a {{group: name}} mapping or None"
                 )
+            elif pin in ALIASES:
+                put(self, name, ALIASES[pin])
 
     def __hash__(self) -> int:
         return hash(tuple(str(getattr(self, f.name)) for f in fields(self)))

@@ -1,7 +1,8 @@
-"""What the kernels for Intel GPUs promise: ``intel_xpu``, from vllm-xpu-kernels 0.1.16.2 (4543b58).
+"""What the kernels for Intel GPUs promise: ``intel_xpu``, from vllm-xpu-kernels 0.1.16.2 (4543b58), and for MLA from
+sgl-kernel-xpu (0742c77).
 
 Refused: widths that were not compiled, which the library silently replaces by a PyTorch reference; soft caps and alibi,
-which it takes and does not hand to its kernels; windows of encoders, MLA, cross attention.
+which it takes and does not hand to its kernels; windows of encoders, cross attention.
 """
 
 from __future__ import annotations
@@ -53,7 +54,32 @@ _XPU: dict[str, Any] = {
     "needs": {"xmx"}, "requires": (XPU_KERNELS,), "bind": "attn_plugin_intel.kernels.intel_xpu:bind",
 }  # fmt: skip
 
+# MLA on the latent cache, for prefill too: the library has no kernel over expanded keys of 192 against 128.
+SGL_KERNEL_XPU = Requirement(
+    "sglang-kernel-xpu>=0.1",
+    written_for="0.4.0",
+    symbols=("sgl_kernel.attention",),
+    install="build sgl-project/sgl-kernel-xpu for torch's XPU build; its distribution is sglang-kernel-xpu",
+)
+_LATENT: dict[str, Any] = {
+    "kind": "mla", "dtype": HALF, "device.arch": ["bmg", "lnl"], "head_dims": [(576, 512)], "unequal_v": True,
+    "num_heads": [16, 32, 64, 128], "custom_scale": True, "kv_layout": ["MLA"], "mla_query": ["split", "packed"],
+    "page_size": [64, 128, 32, 16],
+}  # fmt: skip
+
 XPU = (
+    *table(
+        "xpu",
+        "intel_xpu",
+        "sgl-kernel-xpu 0742c77 python/sgl_kernel/attention.py, src/sycl/mla_decode.cpp (Xe2; pages), "
+        "tests/test_flash_mla_decode.py, test_flash_mla_prefill.py (heads, contexts); SGLang intel_xpu (MLA)",
+        {"prefill": _LATENT, "decode": _LATENT},
+        needs={"xmx", "xe2"},
+        requires=(SGL_KERNEL_XPU,),
+        bind="attn_plugin_intel.kernels.intel_xpu_mla:bind",
+        form="absorbed",
+        pads={"num_heads"},
+    ),
     *table(
         "xpu",
         "intel_xpu",
