@@ -20,7 +20,7 @@ def test_every_backend_of_the_list_is_in_the_catalogue():
     for platform in plugins.platforms().values():
         catalog = plugins.catalog(platform.known)
         found |= {b.backend for d in catalog.devices.values() for b in d.backends}
-    assert CATALOGUE <= found
+    assert found >= CATALOGUE
 
 
 @pytest.mark.parametrize("device", ["musa:mp31"])
