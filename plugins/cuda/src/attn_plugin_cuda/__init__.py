@@ -1,7 +1,7 @@
 """NVIDIA GPUs for attn-core: which are here, what their kernels promise, the rules among them, and adapters.
 
-The rows of the ``backends`` modules name the adapters in ``kernels``, which are imported when a backend is
-bound. Importing this imports no torch, no kernel package and touches no device.
+The rows of the ``backends`` modules name the adapters in ``kernels``, which are imported when a backend is bound.
+Importing this imports no torch, no kernel package and touches no device.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Iterable
 
 from attn_core.hookspecs import hookimpl
 from attn_core.spec import BackendSpec, Constraint, Device, PlatformSpec
-from attn_plugin_cuda import backends, backends_dual_chunk, backends_mla, platform, probe
+from attn_plugin_cuda import backends, backends_dual_chunk, backends_flash, backends_mla, platform, probe
 
 __version__ = "0.1.0"
+
+_TABLES = (backends, backends_flash, backends_mla, backends_dual_chunk)
 
 
 @hookimpl
@@ -27,11 +29,14 @@ def attn_probe_devices() -> Iterable[Device]:
 
 @hookimpl
 def attn_backends(device: Device) -> Iterable[BackendSpec]:
+    """Every row, whether or not the device can run it: the core explains why not."""
     if device.platform != platform.PLATFORM.name:
         return ()
-    return (*backends.rows(device), *backends_mla.rows(device), *backends_dual_chunk.ROWS)
+    return tuple(row for table in _TABLES for row in table.rows(device))
 
 
 @hookimpl
 def attn_constraints(device: Device) -> Iterable[Constraint]:
-    return (*backends.RULES, *backends_dual_chunk.RULES) if device.platform == platform.PLATFORM.name else ()
+    if device.platform != platform.PLATFORM.name:
+        return ()
+    return tuple(rule for table in _TABLES for rule in table.RULES)

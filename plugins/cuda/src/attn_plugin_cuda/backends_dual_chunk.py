@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from attn_core.domain import MultipleOf
-from attn_core.spec import BackendSpec, Constraint, Tier
-from attn_plugin_cuda.backends import HALF, KERNELS, SGL_KERNEL, cuda, table
+from attn_core.spec import BackendSpec, Constraint, Device, Tier
+from attn_plugin_cuda.backends import HALF, KERNELS, cuda, table
+from attn_plugin_cuda.backends_flash import SGL_KERNEL
 
 PAGES = (64, 128, 32, 16, 256, 512, 1024, 8, 4, 2, 1)
 _ACCEPTS: dict[str, Any] = {
@@ -19,7 +20,7 @@ _ACCEPTS: dict[str, Any] = {
     "lse": True, "deterministic": True, "native_out": True, "page_size": [*PAGES], "device.arch": ["sm_90"],
 }  # fmt: skip
 
-ROWS: tuple[BackendSpec, ...] = table(
+_ROWS = table(
     "dual_chunk_flash_attn",
     "vLLM attention/backends/dual_chunk_flash_attn.py (006e0ac), SGLang dual_chunk_flashattention_backend.py "
     "(1951f6a): three calls and a merge by LSE, no device graphs, one query a decode row; SK sgl_kernel/flash_attn.py",
@@ -30,6 +31,10 @@ ROWS: tuple[BackendSpec, ...] = table(
     bind=f"{KERNELS}.dual_chunk:bind",
     variants={"fa3": "every step: own chunk causal, the one before and earlier ones whole, merged"},
 )
+
+
+def rows(device: Device) -> Iterable[BackendSpec]:
+    return _ROWS
 
 
 def _rules() -> Iterable[Constraint]:

@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from attn_core.domain import ANY, MultipleOf, NoneOf
-from attn_core.spec import BackendSpec, Device, Requirement, Tier
+from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
 from attn_plugin_cuda.backends import (
     BOTH_LENGTHS,
     CAPTURED,
     CUTLASS_DSL,
     EVERY_STEP,
-    FA3_NEEDS,
     FLASHINFER,
     HALF,
     KERNELS,
@@ -27,6 +26,7 @@ from attn_plugin_cuda.backends import (
     flashinfer_needs,
     table,
 )
+from attn_plugin_cuda.backends_flash import FA3_NEEDS
 
 FLASH_MLA = Requirement(
     "sgl-flash-mla>=1.0",
@@ -321,3 +321,7 @@ _DSA_TABLE = (
 def rows(device: Device) -> Iterable[BackendSpec]:
     """Every row, whether or not the device can run it: the core explains why not."""
     return (*_flashinfer(device), *_FA3, *_FLASHMLA, *_CUTLASS, *_TRTLLM, *_CUTEDSL, *_DSA_TABLE)
+
+
+RULES: tuple[Constraint, ...] = ()
+"""Those of MLA's kernels are those of their backends, which stand beside their other rows."""

@@ -18,7 +18,7 @@ from attn_core.adapters import load
 from attn_core.errors import BadInputError
 from attn_core.runtime import Batch, Binding, Capture, Kernels, merge_state
 from attn_core.runtime.lengths import cumulative
-from attn_plugin_cuda.backends import SGL_KERNEL
+from attn_plugin_cuda.backends_flash import SGL_KERNEL
 
 MODULE = "sgl_kernel.flash_attn"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
-from attn_plugin_cuda.backends import FLASH_ATTN
+from attn_plugin_cuda.backends_flash import FLASH_ATTN
 
 MODULE = "flash_attn"
 

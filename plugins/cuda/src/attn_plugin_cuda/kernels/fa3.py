@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
-from attn_plugin_cuda.backends import SGL_KERNEL
+from attn_plugin_cuda.backends_flash import SGL_KERNEL
 
 MODULE = "sgl_kernel.flash_attn"
 

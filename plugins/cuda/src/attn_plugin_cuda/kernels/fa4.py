@@ -12,7 +12,7 @@ from typing import Any
 
 from attn_core.adapters import Paged, Ragged, both_sides, load, refilled
 from attn_core.runtime import Binding, Kernels
-from attn_plugin_cuda.backends import FLASH_ATTN_4
+from attn_plugin_cuda.backends_flash import FLASH_ATTN_4
 
 MODULE = "flash_attn.cute"
 
