@@ -1,13 +1,14 @@
-"""The fa3 adapter against its stand-in: everything its rows claim, judged by the float64 reference."""
+"""fa3 of three packages against their stand-ins: everything their rows claim, judged by the float64 reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from attn_core.errors import NoBackendError
 from attn_core.runtime import Capture
 from attn_core.testing.compare import differences
-from simulators import cuda_fa3
+from simulators import cuda_fa3, cuda_vllm_flash
 from simulators.harness import (
     CROSS,
     DECODE,
@@ -31,9 +32,10 @@ from simulators.isolation import check_isolation, check_two_devices
 from simulators.standin import installed
 
 H100 = device("cuda", "sm_90")
-ROWS = rows_of("cuda", H100, "fa3")
-ADAPTER = "attn_plugin_cuda.kernels.fa3"
+ADAPTER = "attn_plugin_cuda.kernels.flash"
 FP8 = torch.float8_e4m3fn
+STAND_INS = {"sgl": cuda_fa3.stand_in, "vllm": cuda_vllm_flash.stand_in, "upstream": cuda_fa3.upstream}
+ROWS = {name: rows_of("cuda", H100, "fa3", bind=f"{ADAPTER}:bind_{name}_fa3") for name in STAND_INS}
 
 LONG_CONTEXT = Lengths((5, 3), (90, 40))
 GRID = [
@@ -74,92 +76,171 @@ MLA_DECODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*GRID, *MLA_DECODE], ids=lambda c: c.name)
-def test_grid(case):
-    check(ROWS, case, cuda_fa3.stand_in())
+LACKS = {
+    "sgl": lambda c: False,
+    "vllm": lambda c: "attention_chunk" in c.spec or c.options.get("page_size", 16) % 16,
+    "upstream": lambda c: "sinks" in c.spec,
+}
+"""What a package's rows do not claim; the rest of the grid they do."""
 
 
-def materialised(**spec):
-    with installed(cuda_fa3.stand_in()):
-        group = bound(ROWS, Case(name="materialised", spec={"kind": "mla", **spec}))
+def claimed(package):
+    return [c for c in (*GRID, *MLA_DECODE) if not LACKS[package](c)]
+
+
+def make(package):
+    return lambda: [STAND_INS[package]()]
+
+
+@pytest.mark.parametrize(
+    ("package", "case"), [pytest.param(p, c, id=f"{p} {c.name}") for p in ROWS for c in claimed(p)]
+)
+def test_grid(package, case):
+    check(ROWS[package], case, *make(package)())
+
+
+REFUSED = {
+    "upstream": [c for c in GRID if LACKS["upstream"](c)],
+    "vllm": [
+        *(c for c in GRID if LACKS["vllm"](c)),
+        Case(name="sinks of many heads", spec={"sinks": True, "num_heads": 72, "num_kv_heads": 8}),
+        Case(name="sinks and two widths", spec={"sinks": True, "head_dim": 192, "v_head_dim": 128}),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "case"), [pytest.param(p, c, id=f"{p} {c.name}") for p, cases in REFUSED.items() for c in cases]
+)
+def test_what_a_package_lacks_is_refused(package, case):
+    with pytest.raises(NoBackendError):
+        bound(ROWS[package], case)
+
+
+def test_kernel_driven_offload_is_refused_by_all():
+    for rows in ROWS.values():
+        with pytest.raises(NoBackendError, match="kv_offload_io"):
+            bound(rows, Case(name="offload", options={"kv_offload_io": "kernel"}))
+
+
+def materialised(package, **spec):
+    with installed(*make(package)()):
+        group = bound(ROWS[package], Case(name="materialised", spec={"kind": "mla", **spec}))
     return [*wrong_materialised(group, PREFILL, chunk_tokens=24), *wrong_materialised(group, LONG_CONTEXT)]
 
 
+@pytest.mark.parametrize("package", ROWS)
 @pytest.mark.parametrize("spec", [{}, {"scale": 0.1}], ids=str)
-def test_materialised(spec):
-    assert not materialised(**spec)
+def test_materialised(package, spec):
+    assert not materialised(package, **spec)
 
 
-def everything():
-    yield from attempts(ROWS, [*GRID, *MLA_DECODE], lambda: [cuda_fa3.stand_in()])
-    yield materialised
+def everything(package):
+    yield from attempts(ROWS[package], claimed(package), make(package))
+    yield lambda: materialised(package)
 
 
 MUTATIONS = [
-    *mutations(ADAPTER, {
-        "scale left to the default": ("softmax_scale=scale, ", "", 4),
-        "scale of the padded width": ("scale, causal, window, splits = b.scale,", "scale, causal, window, splits = b.head_dim**-0.5,"),
-        "causality forgotten": ("scale, causal, window, splits = b.scale, b.spec.causal,", "scale, causal, window, splits = b.scale, False,"),
-        "encoders causal": ("attrgetter(b.role), b.scale, b.spec.causal,", "attrgetter(b.role), b.scale, True,"),
-        "softcap dropped": ("window_size=window, softcap=softcap, num_splits", "window_size=window, num_splits"),
-        "softcap dropped over pages": ("attention_chunk=chunk, softcap=softcap,\n", "attention_chunk=chunk,\n", 2),
-        "chunks dropped": ("b.spec.attention_chunk or 0", "0"),
-        "sinks dropped": ("scheduler_metadata=step.metadata, num_splits=splits, return_softmax_lse=return_lse, sinks=sinks, ", "scheduler_metadata=step.metadata, num_splits=splits, return_softmax_lse=return_lse, ", 2),
+    *(("sgl", m) for m in mutations(ADAPTER, {
+        "scale left to the default": ('"softmax_scale": b.scale, ', ""),
+        "scale of the padded width": ('"softmax_scale": b.scale', '"softmax_scale": b.head_dim**-0.5'),
+        "causality forgotten": ('"causal": b.spec.causal', '"causal": False'),
+        "encoders causal": ('"causal": b.spec.causal', '"causal": True'),
+        "window dropped": ('"window_size": both_sides(b),', ""),
+        "softcap dropped": ('"softcap": b.spec.logit_softcap or 0.0', '"softcap": 0.0'),
+        "chunks dropped": ('given["attention_chunk"] = b.spec.attention_chunk', "pass"),
+        "sinks dropped": ("**step.given, **{sinks_as: sinks}, out=out, return_softmax_lse=return_lse\n", "**step.given, out=out, return_softmax_lse=return_lse\n"),
         "sinks in float32": ("sinks.to(torch.bfloat16)", "sinks.to(torch.float32)"),
-        "cumulative lengths swapped": ("step.cu_query, step.cu_kv, step.max_query", "step.cu_kv, step.cu_query, step.max_query"),
-        "longest swapped": ("step.cu_kv, step.max_query, step.max_kv", "step.cu_kv, step.max_kv, step.max_query"),
+        "cumulative lengths swapped": ('"cu_seqlens_q": step.cu_query, "cu_seqlens_k": step.cu_kv', '"cu_seqlens_q": step.cu_kv, "cu_seqlens_k": step.cu_query'),
+        "longest swapped": ('"max_seqlen_k": step.max_kv,', '"max_seqlen_k": step.max_query,'),
         "lse as the kernel lays it out": ("(got[0], got[1].T)", "(got[0], got[1])", 4),
         "all that the kernel returns": ("(got[0], got[1].T) if return_lse else got", "got", 4),
-        "metadata without the window": ("causal=causal, window_size=window, attention_chunk=chunk, has", "causal=causal, attention_chunk=chunk, has"),
-        "metadata of other splits": ("has_softcap=softcap > 0,\n                    num_splits=splits,", "has_softcap=softcap > 0,"),
+        "metadata without the window": ('("causal", "window_size", "attention_chunk"', '("causal", "attention_chunk"'),
+        "metadata without the chunk": ('"window_size", "attention_chunk", "num_splits")', '"window_size", "num_splits")'),
+        "metadata of other splits": ('"attention_chunk", "num_splits")', '"attention_chunk")'),
+        "metadata without the softcap": ('has_softcap=always["softcap"] > 0, ', ""),
+        "metadata for the longest of the batch": ("step.max_kv if tells_longest else step.table.shape[1] * page_size", "step.max_kv"),
         "metadata in the other dtype": ("qkv_dtype=b.kv_dtype,", "qkv_dtype=b.dtype,"),
-        "metadata of the first step": ("            step.schedule(", "            step.metadata is not None or step.schedule("),
+        "metadata of the first step": ("if self.capture is None or self.metadata is None:\n            self.metadata = made\n        else:", "if self.metadata is None:\n            self.metadata = made\n        elif self.capture:"),
         "fp8 descales swapped": ("k_descale=kv_cache.k_scale_t", "k_descale=kv_cache.v_scale_t"),
         "fp8 v descale dropped": ("            v_descale=kv_cache.v_scale_t.expand(step.rows, kv_heads),\n", ""),
         "q not rounded to fp8": ("q.clamp(-limit, limit).to(torch.float8_e4m3fn)", "q"),
         "latent and rotary part swapped": ("(rows[..., latent:], rows[..., :latent])", "(rows[..., :latent], rows[..., latent:])"),
-        "q's latent part dropped": ("rope, latents, qv=q_latent,", "rope, latents,"),
-        "out ignored": ("sinks=sinks, out=out,", "sinks=sinks,", 3),
-        "another role's step": ("step_of, fp8 = attrgetter(b.role)", 'step_of, fp8 = attrgetter("decode")'),
-    }),
-    *mutations("attn_core.adapters.windows", {
+        "q's parts swapped": ("q_latent, q_rope = q if split else q.split_with_sizes(widths, -1)", "q_rope, q_latent = q if split else q.split_with_sizes(widths, -1)"),
+        "q's latent part dropped": ("**{latent_as: q_latent, sinks_as: sinks}", "**{sinks_as: sinks}"),
+        "out ignored": ("out=out", "out=None", 4),
+        "another role's step": ("_function(package, package.paged), attrgetter(b.role), package.sinks", '_function(package, package.paged), attrgetter("decode"), package.sinks'),
+        "order of additions left to the kernel": ('"num_splits": 1 if b.options.deterministic else 0', '"num_splits": 300 if b.options.deterministic else 0'),
+    })),
+    *(("vllm", m) for m in mutations(ADAPTER, {
+        "vllm's lengths by sglang's name": ('"seqused_k", "block_table"', '"cache_seqlens", "block_table"'),
+        "vllm's table by sglang's name": ('"seqused_k", "block_table"', '"seqused_k", "page_table"'),
+        "vllm's latent by sglang's name": ('"q_v", "s_aux"', '"qv", "s_aux"'),
+        "vllm's sinks by sglang's name": ('"q_v", "s_aux"', '"q_v", "sinks"'),
+        "vllm's default version": ('        given["fa_version"] = package.version\n', "        pass\n"),
+        "vllm's other version": ("vllm(VLLM_FA3, 3)", "vllm(VLLM_FA3, 2)"),
+        "vllm not told the longest": ('            given["max_seqlen_k"] = longest\n', "            pass\n"),
+        "vllm told the longest query": ("longest = step.max_kv if", "longest = step.max_query if"),
+        "vllm's sinks in float32": ("prepare_sinks=None if package.version == 4", "prepare_sinks=None if package.version"),
+        "chunks of 0 told to all": ("if b.spec.attention_chunk is not None:", "if True:"),
+        "vllm's q not rounded to fp8": ("call=call_fp8 if b.kv_dtype == torch.float8_e4m3fn else call", "call=call"),
+    })),
+    *(("upstream", m) for m in mutations(ADAPTER, {
+        "upstream told of out": ('lacks=("out", "sinks")', 'lacks=("sinks",)'),
+        "upstream told of sinks": ('lacks=("out", "sinks")', 'lacks=("out",)'),
+        "upstream's lse by sglang's name": ('ragged_lse="return_attn_probs", ', ""),
+        "upstream's metadata for the longest of the batch": ("step.max_kv if tells_longest else step.table.shape[1] * page_size", "step.max_kv"),
+    })),
+    *(("vllm", m) for m in mutations("attn_core.adapters.windows", {
         "window one too long": ("return (b.sliding_window - 1, 0", "return (b.sliding_window, 0"),
         "window to the left only in encoders": ("else b.sliding_window - 1)", "else 0)"),
-    }),
-    *mutations("attn_core.adapters.paged", {
+    })),
+    *(("vllm", m) for m in mutations("attn_core.adapters.paged", {
         "cumulative for plain lengths": ("batch.kv_lens_device, table", "batch.cu_kv_lens_device[1:], table"),
         "bounds for lengths": ("batch.kv_lens_device, table", "batch.kv_lens, table"),
         "query lengths for key lengths": ("batch.kv_lens_device, table", "batch.query_lens_device, table"),
         "longest of the keys for queries": ("batch.max_query_len, batch.max_kv_len", "batch.max_kv_len, batch.max_query_len"),
-    }),
-    *mutations("attn_core.adapters.ragged", {
+    })),
+    *(("vllm", m) for m in mutations("attn_core.adapters.ragged", {
         "longest keys of the queries": ("batch.max_query_len, batch.max_kv_len", "batch.max_query_len, batch.max_query_len"),
-    }),
+    })),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
-def test_mutations_are_caught(mutation):
-    assert caught(mutation, everything())
+@pytest.mark.parametrize(("package", "mutation"), MUTATIONS, ids=lambda x: getattr(x, "what", ""))
+def test_mutations_are_caught(package, mutation):
+    assert caught(mutation, everything(package))
 
 
-IN_FLIGHT = [
-    (ROWS, c) for c in GRID if c.name in ("plain mixed", "window 5", "sinks", "width 128", "fp8", "verify", "encoder")
-]
+def in_flight(package):
+    names = ("plain mixed", "window 5", "sinks", "width 128", "fp8", "verify", "encoder", "mla decode")
+    return [(ROWS[package], c) for c in claimed(package) if c.name in names]
 
 
-def test_groups_and_batches_in_flight_do_not_meet():
-    check_isolation([*IN_FLIGHT, (ROWS, MLA_DECODE[0])], lambda: [cuda_fa3.stand_in()])
+@pytest.mark.parametrize("package", ROWS)
+def test_groups_and_batches_in_flight_do_not_meet(package):
+    check_isolation(in_flight(package), make(package))
 
 
-def test_two_devices():
-    check_two_devices([*IN_FLIGHT, (ROWS, MLA_DECODE[0])], lambda: [cuda_fa3.stand_in()])
+@pytest.mark.parametrize("package", ROWS)
+def test_two_devices(package):
+    check_two_devices(in_flight(package), make(package))
 
 
-def test_a_captured_plan_keeps_its_addresses():
+def all_packages():
+    return [made() for made in STAND_INS.values()]
+
+
+def test_packages_in_one_process_do_not_meet():
+    """A group of each package, steps interleaved: what is kept on a cache or a plan belongs to one of them."""
+    check_isolation([(rows, c) for rows in ROWS.values() for c in (GRID[0], MLA_DECODE[0])], all_packages)
+
+
+@pytest.mark.parametrize("package", ROWS)
+def test_a_captured_plan_keeps_its_addresses(package):
     """Refilled with other lengths and a wider table, every tensor that the graph read stays where it was."""
-    with installed(cuda_fa3.stand_in()):
-        group = bound(ROWS, Case(name="captured", options={"graph": "full", "page_size": 16}))
+    with installed(*make(package)()):
+        group = bound(ROWS[package], Case(name="captured", options={"graph": "full", "page_size": 16}))
     small, large = (make_step(group, Case(name="", lengths=DECODE), seed) for seed in (0, 1))
     plan = group.plan(small.batch, capture=Capture(max_seqs=6, decode_width=1, max_kv_len=200))
     step = plan.decode

@@ -75,7 +75,7 @@ def test_quirk_chunk_none(fa3):
 
 def metadata(fa3, given, **changed):
     made = {
-        "batch_size": 3, "max_seqlen_q": 3, "max_seqlen_k": 9, "num_heads": 4, "num_heads_k": 2, "headdim": 64,
+        "batch_size": 3, "max_seqlen_q": 3, "max_seqlen_k": 3 * PAGE, "num_heads": 4, "num_heads_k": 2, "headdim": 64,
         "cache_seqlens": given["cache_seqlens"], "page_size": PAGE, "causal": True, **changed,
     }  # fmt: skip
     return fa3.get_scheduler_metadata(**made)
@@ -96,6 +96,13 @@ def test_quirk_metadata_is_of_one_call(fa3):
     for other in others:
         with pytest.raises(Misuse, match="another call"):
             fa3.flash_attn_with_kvcache(q, k, v, **given, scheduler_metadata=metadata(fa3, given, **other))
+
+
+def test_quirk_longest_is_what_the_table_holds(fa3):
+    q, k, v, given = paged()
+    made = metadata(fa3, given, max_seqlen_k=9)  # the longest of these three
+    with pytest.raises(Misuse, match="another call"):
+        fa3.flash_attn_with_kvcache(q, k, v, **given, scheduler_metadata=made)
 
 
 def test_quirk_k_new_counted_by_metadata_only(fa3):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attn_core.domain import ANY, MultipleOf, NoneOf
+from attn_core.domain import ANY, Domain, MultipleOf, NoneOf
 from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
 from attn_plugin_cuda.backends import (
     BOTH_LENGTHS,
@@ -26,7 +26,7 @@ from attn_plugin_cuda.backends import (
     flashinfer_needs,
     table,
 )
-from attn_plugin_cuda.backends_flash import FA3_NEEDS
+from attn_plugin_cuda.backends_flash import FA3_SGL, FA3_UPSTREAM, FA3_VLLM
 
 FLASH_MLA = Requirement(
     "sgl-flash-mla>=1.0",
@@ -116,29 +116,36 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
 
 # ---- fa3 -------------------------------------------------------------------------------------------------------------
 
+
+def _fa3(evidence: str, of: dict[str, Any], page_size: Domain, /, **more: Any) -> tuple[BackendSpec, ...]:
+    captured = {"graph": CAPTURED, "host_lengths": BOTH_LENGTHS, **more}
+    decode = {
+        **_EITHER, **captured, "page_size": page_size, "kv_cache_dtype": ["auto"], "lse": True, "verify_width": ANY,
+        "kv_offload_io": NoneOf("kernel"),
+    }  # fmt: skip
+    return (
+        *table(
+            "fa3",
+            f"{evidence}; FA hopper/ (192/128); SGLang flashattention_backend.py (MLA prefill expanded)",
+            {"prefill": {**_EXPANDED_512, **captured}},
+            **_MATERIALISED,
+            **of,
+        ),
+        *table(
+            "fa3",
+            f"{evidence} (qv: rope <= 64, latent >= 256, 16 bit, SM90); sglang PR 23139 (KV offload)",
+            {"decode": decode},
+            **_ABSORBED,
+            **of,
+        ),
+    )
+
+
 _FA3 = (
-    *table(
-        "fa3",
-        "SK sgl_kernel/flash_attn.py; FA hopper/ (192/128); SGLang flashattention_backend.py (MLA prefill expanded)",
-        {"prefill": {**_EXPANDED_512, "graph": CAPTURED, "host_lengths": BOTH_LENGTHS, "native_out": True}},
-        tier=Tier.BEST,
-        **_MATERIALISED,
-        **FA3_NEEDS,
-    ),
-    *table(
-        "fa3",
-        "SK sgl_kernel/flash_attn.py (qv: rope <= 64, latent >= 256, 16 bit, SM90); sglang PR 23139 (KV offload)",
-        {
-            "decode": {
-                **_EITHER, "page_size": ANY, "kv_cache_dtype": ["auto"], "lse": True, "verify_width": ANY,
-                "host_lengths": BOTH_LENGTHS, "kv_offload_io": NoneOf("kernel"), "native_out": True,
-            }
-        },
-        tier=Tier.BEST,
-        **_ABSORBED,
-        **FA3_NEEDS,
-    ),
-)  # fmt: skip
+    *_fa3("SK sgl_kernel/flash_attn.py", FA3_SGL, ANY, **_FILLS),
+    *_fa3("vLLM 0.33.0 flashattn_mla.py, mla/prefill/flash_attn.py", FA3_VLLM, MultipleOf(16), **_FILLS),
+    *_fa3("FA hopper/flash_attn_interface.py", FA3_UPSTREAM, ANY),
+)
 
 # ---- flashmla, cutlass_mla -------------------------------------------------------------------------------------------
 # Decode kernels. Their names stand for a whole backend in engines, where FlashInfer's ragged kernel prefills.
