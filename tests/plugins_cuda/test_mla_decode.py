@@ -30,20 +30,33 @@ from simulators.standin import installed
 
 KERNELS = "attn_plugin_cuda.kernels"
 H100, B200 = device("cuda", "sm_90"), device("cuda", "sm_100")
+
+
+def vllms_flashmla():
+    """Without sgl-flash-mla."""
+    rows, rules, where = rows_of("cuda", H100, "flashmla")
+    return tuple(r for r in rows if all(x.name != "sgl-flash-mla" for x in r.requires)), rules, where
+
+
 ROWS = {
     "flashmla": rows_of("cuda", H100, "flashmla"),
+    "flashmla of vllm": vllms_flashmla(),
     **{name: rows_of("cuda", B200, name) for name in ("cutlass_mla", "trtllm_mla", "cutedsl_mla")},
 }
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 Q8 = torch.float8_e4m3fn
-LSE = {"flashmla": True, "cutlass_mla": True, "trtllm_mla": False, "cutedsl_mla": True}
+LSE = {"flashmla": True, "flashmla of vllm": True, "cutlass_mla": True, "trtllm_mla": False, "cutedsl_mla": True}
 
 
 def make():
-    return [*cuda_flash_mla.stand_ins(), cuda_flashinfer.stand_in(), cuda_cutlass_mla.stand_in()]
+    return [*cuda_flash_mla.stand_ins(), cuda_flash_mla.vllm(), cuda_flashinfer.stand_in(), cuda_cutlass_mla.stand_in()]
 
 
 def cases(backend):
+    if backend == "flashmla of vllm":
+        yield from fp8_cases()
+        return
+
     def case(name, spec=None, **fields):
         return Case(
             name=name, spec={"kind": "mla", **(spec or {})}, **{"lse": LSE[backend], "lengths": DECODE, **fields}
@@ -63,6 +76,22 @@ def cases(backend):
         yield case("pages of 32", options={"page_size": 32})
     if backend != "flashmla":
         yield case("fp8", options=FP8, scales=(0.5, 1.0), q_dtype=Q8, ulps=3)
+    else:
+        yield from fp8_cases()
+
+
+def fp8_cases():
+    """Of FlashMLA's dense kernel, from either package."""
+
+    def case(name, spec=None, **fields):
+        more = {"options": FP8, "scales": (0.5, 1.0), "lengths": DECODE, **fields}
+        return Case(name=f"fp8 {name}", spec={"kind": "mla", **(spec or {})}, q_dtype=Q8, ulps=3, **more)
+
+    yield case("decode")
+    yield case("scale", {"scale": 0.1})
+    yield case("eight heads", {"num_heads": 8}, scales=(2.0, 1.0))
+    yield case("no lse", lse=False)
+    yield case("verify", lengths=VERIFY, options={**FP8, "verify_width": 3}, batch={"decode_width": 3})
 
 
 GRID = [pytest.param(b, c, id=f"{b} {c.name}") for b in ROWS for c in cases(b)]
@@ -87,15 +116,32 @@ def test_materialised(backend):
 
 MUTATIONS = [
     *(("flashmla", m) for m in mutations(f"{KERNELS}.flashmla", {
-        "flashmla scale dropped": ("softmax_scale=scale, ", ""),
-        "flashmla not causal": ("causal=True, ", ""),
-        "flashmla on the current kernels": ("            use_legacy=True,\n", ""),
-        "flashmla schedule of one query": ("step.max_query * heads", "heads"),
-        "flashmla schedule of the other kernels": ("1, use_legacy=True)", "1)"),
-        "flashmla schedule kept": ("        step.take(*get", "        step.schedule.num_splits is None and step.take(*get"),
-        "flashmla lse mixed": ("lse.transpose(1, 2).flatten(0, 1)", "lse.flatten(0, 1)"),
-        "flashmla pair returned": ("flatten(0, 1)) if return_lse else o", "flatten(0, 1))"),
-        "flashmla rows and queries swapped": ("(step.rows, step.max_query, heads", "(step.max_query, step.rows, heads"),
+        "flashmla scale dropped": ("softmax_scale=scale, causal=True, **always", "causal=True, **always"),
+        "flashmla not causal": ("softmax_scale=scale, causal=True, **always", "softmax_scale=scale, **always"),
+        "flashmla on the current kernels": ('"use_legacy": True', '"use_legacy": False'),
+        "flashmla schedule of one query": ("step.max_query * heads, 1", "heads, 1"),
+        "flashmla schedule of the other kernels": ("get_metadata(*args, **always)", "get_metadata(*args)"),
+        "flashmla schedule kept": ("        step.take(*get", "        step.tiles is None and step.take(*get"),
+        "flashmla schedule left to the first layer": ("made.tile_scheduler_metadata, made.num_splits = step.tiles, step.splits", "made.num_splits = None"),
+        "flashmla lse mixed": ("lse.transpose(1, 2).flatten(0, 1)", "lse.flatten(0, 1)", 2),
+        "flashmla pair returned": ("flatten(0, 1)) if return_lse else o", "flatten(0, 1))", 2),
+        "flashmla rows and queries swapped": ("(step.rows, step.max_query, heads", "(step.max_query, step.rows, heads", 2),
+        "flashmla fp8 taken for 16 bits": ('"is_fp8_kvcache": b.kv_dtype == torch.float8_e4m3fn', '"is_fp8_kvcache": False'),
+        "flashmla 16 bits taken for fp8": ('"is_fp8_kvcache": b.kv_dtype == torch.float8_e4m3fn', '"is_fp8_kvcache": True'),
+    })),
+    *(("flashmla of vllm", m) for m in mutations(f"{KERNELS}.flashmla", {
+        "vllm flashmla scale dropped": ("softmax_scale=scale, causal=True, descale_q", "causal=True, descale_q"),
+        "vllm flashmla not causal": ("causal=True, descale_q", "causal=False, descale_q"),
+        "vllm flashmla q's descale of the cache": ("descale_q=one", "descale_q=stored"),
+        "vllm flashmla k's descale dropped": ("descale_k=stored", "descale_k=one"),
+        "vllm flashmla descale of the values": ("kv_cache.k_scale_t.reshape(1)", "kv_cache.v_scale_t.reshape(1)"),
+        "vllm flashmla descale without an axis": ("kv_cache.k_scale_t.reshape(1)", "kv_cache.k_scale_t"),
+        "vllm flashmla descale in the model's dtype": ("torch.ones(1, dtype=torch.float32", "torch.ones(1, dtype=b.dtype"),
+        "vllm flashmla q in 16 bits": ("        q = q.clamp(-limit, limit).to(torch.float8_e4m3fn)\n", ""),
+        "vllm flashmla tiles and splits swapped": ("(step.tiles, step.splits), {}", "(step.splits, step.tiles), {}"),
+        "vllm flashmla schedule of one query": ("step.max_query * heads, 1", "heads, 1"),
+        "vllm flashmla as the others are called": ("(step.tiles, step.splits), {})", "(step.tiles, step.splits), {'is_fp8_kvcache': True})"),
+        "vllm flashmla lse mixed": ("lse.transpose(1, 2).flatten(0, 1)", "lse.flatten(0, 1)", 2),
     })),
     *(("cutlass_mla", m) for m in mutations(f"{KERNELS}.cutlass_mla", {
         "cutlass scale of its own": ("scale * stored", "576**-0.5 * stored"),
@@ -142,7 +188,9 @@ def test_mutations_are_caught(backend, mutation):
     assert caught(mutation, everything(backend))
 
 
-IN_FLIGHT = [(ROWS[b], c) for b in ROWS for c in cases(b) if c.name in ("decode", "eight heads", "verify")]
+IN_FLIGHT = [
+    (ROWS[b], c) for b in ROWS for c in cases(b) if c.name.removeprefix("fp8 ") in ("decode", "eight heads", "verify")
+]
 
 
 def test_groups_and_batches_in_flight_do_not_meet():
@@ -157,8 +205,8 @@ def test_two_devices():
 def test_a_captured_plan_keeps_its_addresses(backend):
     def addresses(step):
         tensors = {n: getattr(step, n) for n in ("kv_lens", "table", "workspace", "counters") if hasattr(step, n)}
-        if backend == "flashmla":
-            tensors.update(tiles=step.schedule.tile_scheduler_metadata, splits=step.schedule.num_splits)
+        if "flashmla" in backend:
+            tensors.update(tiles=step.tiles, splits=step.splits)
         return {n: t.data_ptr() for n, t in tensors.items()}
 
     with installed(*make()):
@@ -169,11 +217,12 @@ def test_a_captured_plan_keeps_its_addresses(backend):
     before = addresses(plan.decode)
     made[1].plan = group.plan(made[1].batch, out=plan)
     assert addresses(plan.decode) == before
+    made[1].q = made[1].q.to(Q8).to(made[1].q.dtype)  # as the kernels of fp8 caches round it
     out = made[1].run()
     assert not differences(out, made[1].want()[0], out.dtype)
 
 
 def test_fp8_under_float16_is_refused_when_resolving():
-    for backend in ("cutlass_mla", "cutedsl_mla"):
+    for backend in ("cutlass_mla", "cutedsl_mla", "flashmla", "flashmla of vllm"):
         with pytest.raises(NoBackendError, match="bfloat16"):
             bound(ROWS[backend], Case(name="", spec={"kind": "mla", "dtype": "float16"}, options=FP8))

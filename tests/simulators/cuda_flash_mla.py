@@ -1,4 +1,6 @@
-"""FlashMLA as sgl-flash-mla ships it: dense decode (legacy kernels) and the sparse kernels of DeepSeek V3.2."""
+"""FlashMLA as sgl-flash-mla ships it: dense decode (legacy kernels) and the sparse kernels of DeepSeek V3.2.
+
+And as vLLM does, for dense decode over fp8 caches."""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulators.attend import finish, seen, sequence
+from simulators.attend import double, finish, seen, sequence
 from simulators.contract import Contract, Misuse, Refused
 from simulators.flash import Metadata, batched, check_index, keys_of_pages
 from simulators.standin import StandIn
 
 FACTS = Contract.load("flash_mla")
+VLLM_FP8 = Contract.load("vllm_flash_mla")
 
 
 class FlashMLASchedMeta:
@@ -37,6 +40,17 @@ def stand_ins() -> list[StandIn]:
         ),
         StandIn("flash_mla_planned", {"flash_mla.get_mla_decoding_metadata": decoding_metadata}),
     ]
+
+
+def vllm() -> StandIn:
+    module = "vllm.v1.attention.ops.flashmla"
+    return StandIn(
+        "vllm_flash_mla",
+        {
+            f"{module}.get_mla_metadata_dense_fp8": vllm_metadata,
+            f"{module}.flash_mla_with_kvcache_fp8": vllm_with_kvcache,
+        },
+    )
 
 
 def decoding_metadata(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -72,24 +86,66 @@ def with_kvcache(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
 def _dense(where: str, a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     if not a.use_legacy:
         raise Refused(f"{where}: dense decode was removed from the current kernels; use_legacy=True")
-    if a.is_fp8_kvcache or a.descale_q is not None or a.descale_k is not None:
-        raise NotImplementedError(f"{where}: this stand-in knows dense decode in 16 bits")
-    q, batch = a.q, a.q.shape[0]
+    q = a.q
+    if a.is_fp8_kvcache:
+        meta = a.tile_scheduler_metadata
+        if not isinstance(meta, FlashMLASchedMeta) or meta.tile_scheduler_metadata is None:
+            raise Refused(f"{where}: dense fp8 decoding needs metadata before the first call")
+        _scheduled(where, a, [q.shape[1] * q.shape[2], 1, True, 0, True], a.cache_seqlens)
+        return _dense_fp8(FACTS, "fp8_dtype", where, a)
+    if a.descale_q is not None or a.descale_k is not None:
+        raise Refused(f"{where}: descale_q/descale_k apply to the dense fp8 path only")
     FACTS.require_dtype("dense_dtype", q, a.k_cache)
     FACTS.require("head_dim", q.shape[-1], where)
     if q.dtype != a.k_cache.dtype or q.shape[-1] != a.k_cache.shape[-1] or a.attn_sink is not None:
         raise Refused(f"{where}: q and the cache share dtype and width, and dense decode has no sinks")
+    _scheduled(where, a, [q.shape[1] * q.shape[2], 1, False, 0, True], a.cache_seqlens)
+    return _over_latents(where, a)
+
+
+def _dense_fp8(facts: Contract, dtype: str, where: str, a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    facts.require_dtype(dtype, a.q, a.k_cache)
+    facts.require("head_dim", a.q.shape[-1], where)
+    facts.require("page_size", a.k_cache.shape[1], where)
+    if a.descale_q is None or a.descale_k is None:
+        raise Refused(f"{where}: descale is required when input dtype is fp8")
+    for t in (a.descale_q, a.descale_k):
+        facts.require("descale_shape", tuple(t.shape), where)
+        if t.dtype != torch.float32 or t.device != a.q.device:
+            raise Refused(f"{where}: descales are float32 and lie where q does")
+    return _over_latents(where, a, float(a.descale_q.cpu()), float(a.descale_k.cpu()), torch.bfloat16)
+
+
+def _over_latents(
+    where: str, a: SimpleNamespace, q_scale: float = 1.0, k_scale: float = 1.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    q, batch = a.q, a.q.shape[0]
     check_index(where, "block_table", a.block_table, q.device, (batch, None))
     check_index(where, "cache_seqlens", a.cache_seqlens, q.device, (batch,))
-    _scheduled(where, a, [q.shape[1] * q.shape[2], 1, False, 0, True], a.cache_seqlens)
     scale = q.shape[-1] ** -0.5 if a.softmax_scale is None else a.softmax_scale
     lengths, parts = a.cache_seqlens.tolist(), []
     for i, (k, _) in enumerate(keys_of_pages(where, a.k_cache, a.k_cache, a.block_table, lengths)):
-        visible = seen(q.shape[1], k.shape[0], causal=a.causal)
-        parts.append(sequence(q[i], k, k[..., : a.head_dim_v], visible, scale=scale))
-    out, lse = finish(parts, q)
+        k, visible = double(k) * k_scale, seen(q.shape[1], k.shape[0], causal=a.causal)
+        parts.append(sequence(q[i], k, k[..., : a.head_dim_v], visible, scale=scale * q_scale))
+    out, lse = finish(parts, q, dtype)
     lse = lse.masked_fill(lse == -float("inf"), float("inf"))
     return out.unflatten(0, q.shape[:2]), batched(lse, batch)
+
+
+def vllm_metadata(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    lengths = a.cache_seqlens
+    check_index("get_mla_metadata_dense_fp8", "cache_seqlens", lengths, lengths.device, (None,))
+    splits = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+    return Metadata.make([a.num_q_tokens_per_head_k, a.num_heads_k], lengths), splits
+
+
+def vllm_with_kvcache(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    where, q = "flash_mla_with_kvcache_fp8", a.q
+    if q.dim() != 4 or a.k_cache.dim() != 4 or a.k_cache.shape[2] != 1 or a.head_dim_v != 512:
+        raise Refused(f"{where}: q (batch, queries, heads, width), k_cache (pages, page, 1, width), head_dim_v 512")
+    check_index(where, "num_splits", a.num_splits, q.device, (q.shape[0] + 1,))
+    Metadata.check(where, a.tile_scheduler_metadata, [q.shape[1] * q.shape[2], 1], a.cache_seqlens)
+    return _dense_fp8(VLLM_FP8, "dtype", where, a)
 
 
 def dequantised(rows: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def names(prefix):
 
 
 def test_every_quirk_has_a_test():
-    files = ("flash_mla", "flash_mla_planned", "vllm_cutlass_mla", "flash_attn_4")
+    files = ("flash_mla", "flash_mla_planned", "vllm_flash_mla", "vllm_cutlass_mla", "flash_attn_4")
     quirks = [q for f in files for q in Contract.load(f).quirks]
     assert len(set(quirks)) == len(quirks)
     assert names("test_quirk_") == set(quirks)
@@ -107,6 +107,89 @@ def test_quirk_rows_without_keys_have_plus_inf(mla):
     out, lse = mla.flash_mla_with_kvcache(**given)
     assert not out[0].any()
     assert (lse[0] == math.inf).all()
+
+
+def dense_fp8(mla, **more):
+    """Beside :func:`dense`: an fp8 cache, with its metadata."""
+    made = dense(mla)
+    meta = made["tile_scheduler_metadata"]
+    meta.tile_scheduler_metadata, meta.num_splits = mla.get_mla_decoding_metadata(
+        made["cache_seqlens"], 4, 1, is_fp8_kvcache=True, use_legacy=True
+    )
+    q, cache = (made[n].to(torch.float8_e4m3fn) for n in ("q", "k_cache"))
+    scales = {"descale_q": torch.ones(1), "descale_k": torch.full((1,), 0.5)}
+    return {**made, "q": q, "k_cache": cache, "is_fp8_kvcache": True, **scales, **more}
+
+
+def test_quirk_fp8_metadata_up_front(mla):
+    mla.flash_mla_with_kvcache(**dense_fp8(mla))
+    with pytest.raises(Refused, match="before the first call"):
+        mla.flash_mla_with_kvcache(**dense_fp8(mla, tile_scheduler_metadata=mla.get_mla_metadata()[0]))
+    meta = dense_fp8(mla)["tile_scheduler_metadata"]
+    with pytest.raises(Misuse, match="another call"):  # that of 16 bits is another
+        mla.flash_mla_with_kvcache(**dense(mla, tile_scheduler_metadata=meta))
+
+
+def test_quirk_fp8_needs_both_descales(mla):
+    for name in ("descale_q", "descale_k"):
+        with pytest.raises(Refused, match="descale"):
+            mla.flash_mla_with_kvcache(**dense_fp8(mla, **{name: None}))
+        with pytest.raises(Refused, match="descale_shape"):
+            mla.flash_mla_with_kvcache(**dense_fp8(mla, **{name: torch.ones(())}))
+        with pytest.raises(Refused, match="descale"):
+            mla.flash_mla_with_kvcache(**dense(mla), **{name: torch.ones(1)})
+
+
+def test_quirk_dense_fp8_answers_in_bfloat16(mla):
+    given = dense_fp8(mla)
+    out, lse = mla.flash_mla_with_kvcache(**given)
+    assert (out.dtype, out.shape, lse.shape) == (torch.bfloat16, (2, 1, 4, 512), (2, 4, 1))
+    k = given["k_cache"][1, :5, 0].float() * 0.5
+    want = torch.logsumexp(k @ given["q"][0, 0, 0].float() * 576**-0.5, 0)
+    assert float(lse[0, 0, 0]) == pytest.approx(float(want), abs=1e-4)
+    with pytest.raises(Refused, match="fp8_dtype"):
+        mla.flash_mla_with_kvcache(**dense_fp8(mla, q=given["q"].bfloat16()))
+
+
+@pytest.fixture
+def vllm_mla():
+    with installed(cuda_flash_mla.vllm()):
+        yield importlib.import_module("vllm.v1.attention.ops.flashmla")
+
+
+def vllm_fp8(vllm_mla, **more):
+    lengths = ints(5, 9)
+    tiles, splits = vllm_mla.get_mla_metadata_dense_fp8(lengths, 4, 1)
+    return {
+        "q": random(2, 1, 4, 576).to(torch.float8_e4m3fn), "k_cache": random(3, 64, 1, 576).to(torch.float8_e4m3fn),
+        "block_table": ints(1, 2)[:, None], "cache_seqlens": lengths, "head_dim_v": 512,
+        "tile_scheduler_metadata": tiles, "num_splits": splits, "descale_q": torch.ones(1),
+        "descale_k": torch.full((1,), 0.5), **more,
+    }  # fmt: skip
+
+
+def test_quirk_vllm_fp8_needs_both_descales(vllm_mla):
+    for name in ("descale_q", "descale_k"):
+        with pytest.raises(Refused, match="required"):
+            vllm_mla.flash_mla_with_kvcache_fp8(**vllm_fp8(vllm_mla, **{name: None}))
+        with pytest.raises(Refused, match="descale_shape"):
+            vllm_mla.flash_mla_with_kvcache_fp8(**vllm_fp8(vllm_mla, **{name: torch.ones(2)}))
+
+
+def test_quirk_vllm_fp8_answers_in_bfloat16(vllm_mla):
+    given = vllm_fp8(vllm_mla)
+    assert vllm_mla.flash_mla_with_kvcache_fp8(**given)[0].dtype == torch.bfloat16
+    with pytest.raises(Refused, match="dtype"):
+        vllm_mla.flash_mla_with_kvcache_fp8(**{**given, "q": given["q"].bfloat16()})
+
+
+def test_quirk_vllm_fp8_plain_metadata(vllm_mla):
+    given = vllm_fp8(vllm_mla)
+    vllm_mla.flash_mla_with_kvcache_fp8(**given)
+    with pytest.raises(Misuse, match="another call"):
+        vllm_mla.flash_mla_with_kvcache_fp8(**{**given, "cache_seqlens": ints(6, 9)})
+    with pytest.raises(TypeError, match="num_splits"):
+        vllm_mla.flash_mla_with_kvcache_fp8(**{n: x for n, x in given.items() if n != "num_splits"})
 
 
 def test_quirk_sinks_leave_lse_alone(mla):

@@ -34,6 +34,12 @@ FLASH_MLA = Requirement(
     symbols=("flash_mla.flash_mla_interface",),
     install="pip install sgl-flash-mla; flash-mla itself dropped Hopper and these cache formats on 2026-09-30",
 )
+VLLM_MLA = Requirement(
+    "vllm>=0.30",
+    written_for="0.33.0",
+    symbols=("vllm._flashmla_extension_C",),
+    install="pip install vllm (for its FlashMLA)",
+)
 VLLM = Requirement(
     "vllm>=0.30", written_for="0.33.0", symbols=("vllm._custom_ops",), install="pip install vllm (for its CUTLASS MLA)"
 )
@@ -156,37 +162,59 @@ _FLASHMLA_LATENT = {
     **_PACKED, "page_size": [64], "lse": True, "verify_width": ANY, "host_lengths": BOTH_LENGTHS,
     "device.arch": ["sm_90"],
 }  # fmt: skip
-_FLASHMLA_ROW: dict[str, Any] = {
-    "needs": {"wgmma", "tma"}, "requires": (FLASH_MLA, cuda("12.8")), **_BEHIND, **_ABSORBED,
-}  # fmt: skip
+_FLASHMLA_ROW: dict[str, Any] = {"needs": {"wgmma", "tma"}, "tier": Tier.TUNED, **_ABSORBED}
+_FLASHMLA_FP8 = {**_FLASHMLA_LATENT, "dtype": ["bfloat16"], "kv_cache_dtype": ["fp8_e4m3"]}
 _FLASHMLA_SOURCES = (
     "FMLA README (dense decode on SM90, page 64); vLLM v1/attention/ops/flashmla.py; SFM flash_mla/_loader.py"
 )
-_FLASHMLA = (
-    *table(
+_DESCALES = "vllm-project/FlashMLA 46d64a8e csrc/extension/sm90/dense_fp8/pybind.cpp (descales (1,), bfloat16 out)"
+
+
+def _flashmla_prefill(package: Requirement, rank: int) -> tuple[BackendSpec, ...]:
+    return table(
         "flashmla",
         f"SGLang flashmla_backend.py (prefill is FlashInfer's); {_FI_RAGGED}",
         {"prefill": {**_EXPANDED_512, **_FILLS}},
         needs={"wgmma"},
-        requires=(FLASHINFER, FLASH_MLA),
-        **_BEHIND,
+        requires=(FLASHINFER, package),
+        tier=Tier.TUNED,
+        rank=rank,
         **_RAGGED_FI,
-    ),
+    )
+
+
+_FLASHMLA = (
+    *_flashmla_prefill(FLASH_MLA, 30),
+    *_flashmla_prefill(VLLM_MLA, 32),
     *table(
         "flashmla",
         _FLASHMLA_SOURCES,
         {"decode": _FLASHMLA_LATENT},
+        requires=(FLASH_MLA, cuda("12.8")),
         bind=f"{KERNELS}.flashmla:bind",
+        rank=30,
         **_FLASHMLA_ROW,
     ),
-    # The fp8 kernel takes descales whose shapes no source states: decided and explained, not bound.
+    # 8-bit caches rank behind, so that they are asked for.
     *table(
         "flashmla",
-        f"{_FLASHMLA_SOURCES}; SFM fwd_kvcache_mla_fp8",
-        {"decode": {**_FLASHMLA_LATENT, "kv_cache_dtype": ["fp8_e4m3"]}},
+        f"{_FLASHMLA_SOURCES}; SFM flash_mla_interface.py, _C_legacy (descales of shape (1)); {_DESCALES}",
+        {"decode": _FLASHMLA_FP8},
+        requires=(FLASH_MLA, cuda("12.8")),
+        bind=f"{KERNELS}.flashmla:bind",
+        rank=31,
         **_FLASHMLA_ROW,
     ),
-)  # fmt: skip
+    *table(
+        "flashmla",
+        f"vLLM 0.33.0 v1/attention/ops/flashmla.py, mla/flashmla.py (_k_scale.reshape(1)); {_DESCALES}",
+        {"decode": _FLASHMLA_FP8},
+        requires=(VLLM_MLA, cuda("12.8")),
+        bind=f"{KERNELS}.flashmla:bind_vllm",
+        rank=32,
+        **_FLASHMLA_ROW,
+    ),
+)
 _CUTLASS = (
     *table(
         "cutlass_mla",
