@@ -21,7 +21,17 @@ from attn_core import Batch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from numerics.kernel_cases import Lengths, Step
-from simulators import cuda_fa2, cuda_fa3, cuda_fa4, cuda_flash_mla, cuda_flashinfer, intel_xpu, musa_mate, rocm_aiter
+from simulators import (
+    cuda_fa2,
+    cuda_fa3,
+    cuda_fa4,
+    cuda_flash_mla,
+    cuda_flashinfer,
+    cuda_vllm_flash,
+    intel_xpu,
+    musa_mate,
+    rocm_aiter,
+)
 from simulators.harness import Case, Rows, bound, device, make_step, rows_of
 from simulators.standin import Empty, StandIn, installed
 
@@ -30,19 +40,23 @@ HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
 SCHEDULE = cuda_flash_mla.FlashMLASchedMeta
 ADAPTERS: tuple[tuple[str, str, str, dict[str, Any], bool, tuple[StandIn, ...]], ...] = (
     ("cuda", "fa3", "sm_90", {}, True, (cuda_fa3.stand_in(),)),
-    ("cuda", "fa2", "sm_80", {}, True, (cuda_fa2.stand_in(),)),
+    ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", {}, True, (cuda_vllm_flash.stand_in(),)),
+    ("cuda", "fa2 flash:bind_vllm_fa2", "sm_80", {}, True, (cuda_vllm_flash.stand_in(8),)),
+    ("cuda", "fa2 fa2:bind", "sm_80", {}, True, (cuda_fa2.stand_in(),)),
     ("cuda", "fa4", "sm_100", {}, True, (cuda_fa4.stand_in(),)),
     ("cuda", "flashinfer", "sm_80", {}, True, (cuda_flashinfer.stand_in(),)),
     ("cuda", "trtllm_mha", "sm_100", {}, False, (cuda_flashinfer.stand_in(),)),
     ("cuda", "flashinfer", "sm_90", MLA, False, (cuda_flashinfer.stand_in(),)),
     ("cuda", "fa3", "sm_90", MLA, True, (cuda_fa3.stand_in(),)),
+    ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", MLA, True, (cuda_vllm_flash.stand_in(),)),
     ("cuda", "flashmla", "sm_90", MLA, True, (*cuda_flash_mla.stand_ins(), cuda_flashinfer.stand_in())),
     ("cuda", "trtllm_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
     ("musa", "fa3", "mp31", {}, True, (musa_mate.stand_in(),)),
     ("rocm", "aiter", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
     ("intel", "intel_xpu", "bmg", {}, False, (intel_xpu.stand_in(),)),
 )
-"""plugin, backend, arch, fields of the spec, whether LSE is claimed, what stands in."""
+"""plugin, backend (with what binds it, where several packages have it), arch, fields of the spec, whether LSE is
+claimed, what stands in."""
 
 
 class Recorder:
@@ -94,7 +108,7 @@ def decode_step(rows: Rows, spec: dict[str, Any], lse: bool, sequences: int, sta
 def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
     heads, width = (4, 512) if spec else (8, 128)
     flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
-    if backend in ("fa2", "flashmla", "trtllm_mla"):  # batched interfaces
+    if backend in ("fa2 fa2:bind", "flashmla", "trtllm_mla"):  # batched interfaces
         flat = flat[:, None]
     return (flat, None) if backend in ("fa4", "flashmla") else flat
 
@@ -102,7 +116,9 @@ def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
 def adapters() -> Iterator[Result]:
     for plugin, backend, arch, spec, lse, stand_ins in ADAPTERS:
         name = f"{plugin} {backend}{' mla' if spec else ''}"
-        rows = rows_of(plugin, device(plugin, arch), backend)
+        name_of_backend, _, bind = backend.partition(" ")
+        only = {"bind": f"attn_plugin_{plugin}.kernels.{bind}"} if bind else {}
+        rows = rows_of(plugin, device(plugin, arch), name_of_backend, **only)
         yield call_cost(name, rows, spec, backend, stand_ins)
         yield from plan_cost(name, rows, spec, backend, lse, stand_ins)
 
@@ -154,12 +170,13 @@ def with_views(
             return (got[0] if pair else got).view(-1, heads, out_width)
 
         return batched
-    if "qv" in kwargs:
-        widths = (kwargs.pop("qv").shape[-1], first.shape[-1])
+    if latent_as := {"qv", "q_v"} & set(kwargs):
+        (name,) = latent_as
+        widths = (kwargs.pop(name).shape[-1], first.shape[-1])
 
         def split() -> torch.Tensor:
             latent, rope = q.split_with_sizes(widths, -1)
-            return vendor(rope, *rest, qv=latent, **kwargs)
+            return vendor(rope, *rest, **{name: latent}, **kwargs)
 
         return split
     return lambda: vendor(*args, **kwargs)

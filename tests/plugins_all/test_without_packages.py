@@ -10,7 +10,8 @@ from together import ALONE, MODELS, devices
 from attn_core import NoBackendError, Requirement, simulate
 
 KNOWN = [pytest.param(name, device, id=f"{name}-{device.arch}") for name, device in devices()]
-EVERY_ROLE = [MODELS[m] for m in ("llama-3.1-8b", "deepseek-v3", "gte-small")]
+EVERY_ROLE_NAMES = ("llama-3.1-8b", "deepseek-v3", "gte-small")
+EVERY_ROLE = [MODELS[m] for m in EVERY_ROLE_NAMES]
 INSTRUCTION = re.compile(r"(^|[;:] )(pip install|install|build|use|upgrade) \S+")
 
 
@@ -59,3 +60,67 @@ def test_each_missing_package_is_a_rejection_with_a_way_out(name, device):
 def test_all_packages_missing_at_once(name, device):
     wanted = needing(name, device)
     assert set(rejected(name, device, sorted({p for _, _, p in wanted}))) == wanted
+
+
+HOPPER, BLACKWELL, AMPERE = (next(d for n, d in devices() if n == "cuda" and d.arch == a) for a in ("sm_90", "sm_100", "sm_80"))  # fmt: skip
+SGL, VLLM, UPSTREAM, FLASHINFER = "sglang-kernel", "vllm", "flash-attn-3", "flashinfer-python"
+FA3 = {name: f"flash:bind_{name}_fa3" for name in ("sgl", "vllm", "upstream")}
+
+
+def serving(device, model, without, **options):
+    """The functions that bind prefill and decode of a model's first group (or encode), by module and name."""
+    decision = simulate(device, plugins=ALONE["cuda"], without=tuple(without)).resolve(MODELS[model], **options)
+    group = next(iter(decision.groups.values()))
+    chosen = [c for role, c in group.choices.items() if role in ("encode", "prefill", "decode")]
+    return decision, [c.bind.rpartition("kernels.")[2] for c in chosen]
+
+
+@pytest.mark.parametrize("model", EVERY_ROLE_NAMES)
+def test_hopper_tries_each_package_that_ships_fa3(model):
+    """sglang-kernel, vLLM, FlashAttention's own; then FlashInfer."""
+    tried = (((), "sgl"), ((SGL,), "vllm"), ((SGL, VLLM), "upstream"), ((VLLM, UPSTREAM), "sgl"))
+    for without, expected in (*tried, ((SGL, VLLM, UPSTREAM), "")):
+        decision, binds = serving(HOPPER, model, without)
+        assert set(binds) == {FA3[expected]} if expected else all(b.startswith("flashinfer") for b in binds)
+        assert {r.field for r in decision.rejections if (r.backend, r.code) == ("fa3", "package")} == set(without)
+
+
+def test_sinks_never_go_to_the_package_without_them():
+    for without, expected in (((), FA3["sgl"]), ((SGL,), FA3["vllm"])):
+        assert set(serving(HOPPER, "gpt-oss-20b", without)[1]) == {expected}
+    decision, _ = serving(HOPPER, "gpt-oss-20b", (SGL, VLLM))
+    assert {decision.backend(role) for role in ("prefill", "decode")} == {"triton"}
+    assert any(r.field == "sinks" for r in decision.rejections if r.backend == "fa3")
+    with pytest.raises(NoBackendError, match="sinks"):
+        serving(HOPPER, "gpt-oss-20b", (SGL, VLLM), backend="fa3")
+
+
+def test_a_package_that_cannot_have_the_page_leaves_it_to_the_next():
+    """vLLM's pages are multiples of 16; FlashAttention's own build reads pages of one token."""
+    assert set(serving(HOPPER, "llama-3.1-8b", (SGL,), page_size=1)[1]) == {FA3["upstream"]}
+    assert set(serving(HOPPER, "llama-4-scout-17b-16e", (SGL,))[1]) == {FA3["upstream"]}  # chunks, vLLM's has none
+
+
+def test_ampere_is_flashinfers_then_tritons_whatever_ships_fa2():
+    assert all(b.startswith("flashinfer") for b in serving(AMPERE, "llama-3.1-8b", ())[1])
+    assert all("triton" in b for b in serving(AMPERE, "llama-3.1-8b", (FLASHINFER,))[1])
+    for without, expected in (((), "flash:bind_vllm_fa2"), ((VLLM,), "fa2:bind")):
+        decision, binds = serving(AMPERE, "llama-3.1-8b", without, backend="fa2")
+        assert set(binds) == {expected}
+        assert decision.values["page_size"] == (16 if expected.startswith("flash") else 256)
+
+
+def test_a_cache_gets_8_bits_only_when_asked():
+    """Whichever package is missing: rows that read 8 bits alone stand behind the others of their backend."""
+    asked = {"kv_cache_dtype": "fp8_e4m3"}
+    for without in ((), ("flash-attn-4",)):
+        decision, binds = serving(BLACKWELL, "llama-3.1-8b", without, backend="fa4")
+        assert decision.values["kv_cache_dtype"] == "bfloat16"
+        assert set(binds) == {"flash:bind_vllm_fa4" if without else "fa4:bind"}
+        assert set(serving(BLACKWELL, "llama-3.1-8b", without, backend="fa4", **asked)[1]) == {"flash:bind_vllm_fa4"}
+    decision, binds = serving(HOPPER, "deepseek-v3", (), backend="flashmla")
+    assert (decision.values["kv_cache_dtype"], binds[-1]) == ("bfloat16", "flashmla:bind")
+    assert serving(HOPPER, "deepseek-v3", (), backend="flashmla", **asked)[1][-1] == "flashmla:bind"
+    assert (
+        serving(HOPPER, "deepseek-v3", ("sgl-flash-mla",), backend="flashmla", **asked)[1][-1] == "flashmla:bind_vllm"
+    )

@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_core.errors import MissingKernelError
 from attn_plugin_cuda import attn_backends
-from simulators import cuda_cutlass_mla, cuda_fa2, cuda_fa3, cuda_fa4, cuda_flash_mla, cuda_flashinfer
+from simulators import (
+    cuda_cutlass_mla,
+    cuda_fa2,
+    cuda_fa3,
+    cuda_fa4,
+    cuda_flash_mla,
+    cuda_flashinfer,
+    cuda_vllm_flash,
+)
 from simulators.harness import DECODE, RAGGED, Case, bound, device, make_step, rows_of
 from simulators.isolation import check_isolation, check_two_devices
 from simulators.standin import installed
@@ -25,20 +33,39 @@ LATENT = {
 }
 
 
+KERNELS = "attn_plugin_cuda.kernels"
+PACKAGES = {  # of one backend, those that the first would hide
+    "flash:bind_vllm_fa3": ("fa3", "sm_90"), "flash:bind_upstream_fa3": ("fa3", "sm_90"), "fa2:bind": ("fa2", "sm_80"),
+}  # fmt: skip
+
+
 def make():
     return [
-        cuda_fa2.stand_in(), cuda_fa3.stand_in(), cuda_fa4.stand_in(), cuda_flashinfer.stand_in(),
-        *cuda_flash_mla.stand_ins(), cuda_cutlass_mla.stand_in(),
+        cuda_fa2.stand_in(), cuda_fa3.stand_in(), cuda_fa3.upstream(), cuda_fa4.stand_in(), cuda_flashinfer.stand_in(),
+        *cuda_flash_mla.stand_ins(), cuda_flash_mla.vllm(), cuda_vllm_flash.stand_in(), cuda_cutlass_mla.stand_in(),
     ]  # fmt: skip
 
 
-def pair(backend, arch, **fields):
-    return rows_of("cuda", device("cuda", arch), backend), Case(**{"name": f"{backend} {arch}", "lse": False, **fields})
+def pair(backend, arch, bind=None, **fields):
+    only = {} if bind is None else {"bind": f"{KERNELS}.{bind}"}
+    rows = rows_of("cuda", device("cuda", arch), backend, **only)
+    return rows, Case(**{"name": f"{backend} {arch}", "lse": False, **fields})
 
 
 PAIRS = [
     *(pair(b, arch) for b, arch in BACKENDS.items()),
+    *(pair(*of, bind) for bind, of in PACKAGES.items()),
     *(pair(b, arch, spec=MLA, lengths=DECODE) for b, arch in LATENT.items()),
+    pair("fa3", "sm_90", "flash:bind_vllm_fa3", spec=MLA, lengths=DECODE),
+    pair("fa4", "sm_100", name="fa4 over 8 bits", options={"kv_cache_dtype": "fp8_e4m3"}),
+    pair(
+        "flashmla",
+        "sm_90",
+        name="flashmla over 8 bits",
+        spec=MLA,
+        lengths=DECODE,
+        options={"kv_cache_dtype": "fp8_e4m3"},
+    ),
     # two models whose widths are padded differently
     pair("flashinfer", "sm_80", name="32 -> 64", spec={"attn_type": "encoder_only", "head_dim": 32}, lengths=RAGGED),
     pair("flashinfer", "sm_80", name="96 -> 128", spec={"attn_type": "encoder_only", "head_dim": 96}, lengths=RAGGED),
@@ -77,14 +104,16 @@ VIEWS = {
     "expand",
     "_unsafe_view",
 }
-FILLING = [("fa3", "sm_90", {}), ("flashinfer", "sm_80", {}), ("trtllm_mha", "sm_100", {}), ("fa3", "sm_90", MLA),
-           ("flashinfer", "sm_90", MLA), ("trtllm_mla", "sm_100", MLA), ("cutedsl_mla", "sm_100", MLA)]  # fmt: skip
+FILLING = [("fa3", "sm_90", None, {}), ("fa3", "sm_90", None, MLA), ("fa3", "sm_90", "flash:bind_vllm_fa3", {}),
+           ("fa3", "sm_90", "flash:bind_vllm_fa3", MLA), ("fa2", "sm_80", "flash:bind_vllm_fa2", {}),
+           ("flashinfer", "sm_80", None, {}), ("trtllm_mha", "sm_100", None, {}), ("flashinfer", "sm_90", None, MLA),
+           ("trtllm_mla", "sm_100", None, MLA), ("cutedsl_mla", "sm_100", None, MLA)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "arch", "spec"), FILLING, ids=lambda x: str(x))
-def test_a_decode_call_into_out_makes_views_at_most(backend, arch, spec):
+@pytest.mark.parametrize(("backend", "arch", "bind", "spec"), FILLING, ids=lambda x: str(x))
+def test_a_decode_call_into_out_makes_views_at_most(backend, arch, bind, spec):
     """Beside what happens inside the vendor's function."""
-    rows, case = pair(backend, arch, spec=spec, lengths=DECODE)
+    rows, case = pair(backend, arch, bind, spec=spec, lengths=DECODE)
     with installed(*make()):
         group = bound(rows, case)
     step = make_step(group, case)
@@ -167,13 +196,13 @@ def test_rows_that_bind_say_so_and_the_rest_is_known():
     }
     assert unbound == {
         ("flashinfer", "allreduce_fusion", None, None),
-        ("fa4", "prefill", None, ("fp8_e4m3",)),
-        ("fa4", "decode", None, ("fp8_e4m3",)),
-        ("flashmla", "decode", "absorbed", ("fp8_e4m3",)),
     }
 
 
-@pytest.mark.parametrize(("backend", "arch"), BACKENDS.items())
-def test_a_missing_package_is_named_with_what_to_do(backend, arch):
-    with pytest.raises(MissingKernelError, match=r"needed for .*pip install"):
-        bound(*pair(backend, arch))
+ALL_PACKAGES = [*((*of, None) for of in BACKENDS.items()), *((*of, bind) for bind, of in PACKAGES.items())]
+
+
+@pytest.mark.parametrize(("backend", "arch", "bind"), ALL_PACKAGES)
+def test_a_missing_package_is_named_with_what_to_do(backend, arch, bind):
+    with pytest.raises(MissingKernelError, match=r"needed for .*(pip install|build)"):
+        bound(*pair(backend, arch, bind))

@@ -12,10 +12,10 @@ from simulators.isolation import check_isolation, check_two_devices
 
 ROWS = rows_of("cuda", device("cuda", "sm_90"), "fa3")
 PAIRS = [(ROWS, Case(name="plain")), (ROWS, Case(name="window", spec={"sliding_window": 5}))]
-NEW = "step = Step(page_size, capture) if out is None else out"
-NEWLY = "Step(page_size, capture)"
+NEW = "step = Pages(page_size, capture) if out is None else out"
+NEWLY = "Pages(page_size, capture)"
 SHARED = mutations(
-    "attn_plugin_cuda.kernels.fa3",
+    "attn_plugin_cuda.kernels.flash",
     {
         "one step per backend": (NEW, f"step = plan.__dict__.setdefault('step', {NEWLY})"),
         "one step per process": (

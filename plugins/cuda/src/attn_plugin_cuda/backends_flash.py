@@ -49,7 +49,7 @@ FLASH_ATTN_3 = Requirement(
     "flash-attn-3>=3.0",
     written_for="3.0.0",
     symbols=("flash_attn_3._C",),  # MATE's wrapper has the same name and the same flash_attn_interface, no extension
-    install='pip install "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"; PyPI does not have it',
+    install="build it from hopper/ of the repository Dao-AILab/flash-attention; PyPI does not have it",
 )
 FLASH_ATTN_4 = Requirement(
     "flash-attn-4>=4.0.0b36",
@@ -161,7 +161,7 @@ _FA3 = (
         FA3_VLLM,
         **_FILLS,
         **_VPAGES,
-        sinks=OneOf(True),
+        sinks=True,
         num_heads=MultipleOf(1, max=64),
     ),
     *table("fa3", f"{_UP}; {_FA3_SOURCES}", {"encode": _FA3_ENCODE}, **FA3_UPSTREAM),
