@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
 from together import ALONE, MODELS, devices
 
 from attn_core import NoBackendError, Requirement, simulate
+from attn_core.plugins import installed_packages
+from dists import distribution
 
 KNOWN = [pytest.param(name, device, id=f"{name}-{device.arch}") for name, device in devices()]
 EVERY_ROLE_NAMES = ("llama-3.1-8b", "deepseek-v3", "gte-small")
@@ -124,3 +127,22 @@ def test_a_cache_gets_8_bits_only_when_asked():
     assert (
         serving(HOPPER, "deepseek-v3", ("sgl-flash-mla",), backend="flashmla", **asked)[1][-1] == "flashmla:bind_vllm"
     )
+
+
+def test_a_wrapper_of_another_vendor_is_not_flash_attention_3(tmp_path, monkeypatch):
+    """MATE's is a distribution named flash_attn_3 with a module flash_attn_interface, too: its extension is missing."""
+    monkeypatch.syspath_prepend(tmp_path)
+    catalog = ALONE["cuda"].catalog(HOPPER)
+
+    def found():
+        importlib.invalidate_caches()
+        return installed_packages(catalog)
+
+    distribution(tmp_path, "flash_attn_3", version="3.0.0", modules={"flash_attn_interface": "raise RuntimeError"})
+    assert "flash_attn_3._C" in found().impostors[UPSTREAM]
+    monkeypatch.syspath_prepend(tmp_path / "another")  # what is found is kept per search path
+    (tmp_path / "flash_attn_3").mkdir()
+    for file in ("__init__.py", "_C.abi3.so"):
+        (tmp_path / "flash_attn_3" / file).touch()
+    assert UPSTREAM not in found().impostors
+    assert found().versions[UPSTREAM] == "3.0.0"
