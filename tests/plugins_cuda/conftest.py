@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from attn_plugin_cuda import memory
-from simulators import cuda_flashinfer
+from simulators import cuda_flashinfer_common
 
 REAL = memory.WORKSPACE_BYTES
 
 
 @pytest.fixture(autouse=True)
 def small_workspaces(monkeypatch):
-    assert REAL >= cuda_flashinfer.WORKSPACE_BYTES or cuda_flashinfer.WORKSPACE_BYTES == 1 << 16
+    assert REAL >= cuda_flashinfer_common.WORKSPACE_BYTES or cuda_flashinfer_common.WORKSPACE_BYTES == 1 << 16
     monkeypatch.setattr(memory, "WORKSPACE_BYTES", 1 << 16)
-    monkeypatch.setattr(cuda_flashinfer, "WORKSPACE_BYTES", 1 << 16)
+    monkeypatch.setattr(cuda_flashinfer_common, "WORKSPACE_BYTES", 1 << 16)

@@ -8,14 +8,14 @@ import math
 import pytest
 import torch
 
-from simulators import cuda_flashinfer
+from simulators import cuda_flashinfer, cuda_flashinfer_common
 from simulators.contract import Contract, Misuse, Refused
 from simulators.standin import installed
 
 
 @pytest.fixture
 def fi(monkeypatch):
-    monkeypatch.setattr(cuda_flashinfer, "WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr(cuda_flashinfer_common, "WORKSPACE_BYTES", 1 << 10)
     with installed(cuda_flashinfer.stand_in()):
         yield {n: importlib.import_module(f"flashinfer.{n}") for n in ("prefill", "decode", "mla")}
 
