@@ -184,7 +184,7 @@ MUTATIONS = [
         "scales of the fp8 cache swapped": ("k_scale=kv_cache.k_scale, v_scale=kv_cache.v_scale", "k_scale=kv_cache.v_scale, v_scale=kv_cache.k_scale"),
         "v scale dropped": (", v_scale=kv_cache.v_scale, out", ", out"),
         "the backend left to flashinfer": ("backend=path", 'backend="auto"', 3),
-        "layout left to the default": ("make(buffer, b.kv_layout, backend=path)", "make(buffer, backend=path)"),
+        "layout left to the default": ("make(buffer, b.kv_layout, backend=path, **own)", "make(buffer, backend=path, **own)"),
         "offsets of keys for queries": ("batch.cu_query_lens, batch.cu_kv_lens,", "batch.cu_kv_lens, batch.cu_query_lens,"),
         "plain lengths for the last page": ("pages.last_page_len", "batch.kv_lens"),
         "offsets from the device": ("batch.cu_query_lens, pages.indptr", "batch.cu_query_lens, pages.indptr[:-1]"),
@@ -211,7 +211,7 @@ MUTATIONS = [
         "xqa k scale dropped": ("scale * kv_cache.k_scale", "scale"),
         "xqa v scale dropped": ("bmm2_scale=kv_cache.v_scale, ", ""),
         "xqa window dropped": ("window_left=window, ", ""),
-        "xqa layout left to the default": ("            kv_layout=layout,\n", ""),
+        "xqa layout left to the default": ("sinks=sinks, kv_layout=layout,", "sinks=sinks,"),
         "xqa window of tokens": ("left(b), b.kv_layout", "b.sliding_window or -1, b.kv_layout"),
     }),
 ]  # fmt: skip

@@ -37,6 +37,8 @@ KERNELS = "attn_plugin_cuda.kernels"
 PACKAGES = {  # of one backend, those that the first would hide
     "flash:bind_vllm_fa3": ("fa3", "sm_90"), "flash:bind_upstream_fa3": ("fa3", "sm_90"), "fa2:bind": ("fa2", "sm_80"),
 }  # fmt: skip
+ENCODER = {"attn_type": "encoder_only", "head_dim": 128}
+BOUNDS = {"options": {"host_lengths": "bounds"}, "bounds": (12, 4, 64, 9, 33, 5)}
 
 
 def make():
@@ -69,6 +71,13 @@ PAIRS = [
     # two models whose widths are padded differently
     pair("flashinfer", "sm_80", name="32 -> 64", spec={"attn_type": "encoder_only", "head_dim": 32}, lengths=RAGGED),
     pair("flashinfer", "sm_80", name="96 -> 128", spec={"attn_type": "encoder_only", "head_dim": 96}, lengths=RAGGED),
+    # FlashInfer's other kernels, of one package
+    pair("flashinfer", "sm_100", name="cudnn", spec={**ENCODER, "num_kv_heads": 6}, lengths=RAGGED),
+    pair("flashinfer", "sm_110", name="cutlass", spec=ENCODER, lengths=RAGGED),
+    pair("flashinfer", "sm_100", name="cudnn over pages", spec={"head_dim": 128}, **BOUNDS),
+    pair("flashinfer", "sm_120", name="fmha_v2", spec=ENCODER, lengths=RAGGED, options=BOUNDS["options"]),
+    pair("flashinfer_sinks", "sm_80", name="sinks", spec={"sinks": True}),
+    pair("flashinfer_sinks", "sm_90", name="wider sinks", spec={"sinks": True, "head_dim": 128}),
 ]
 
 
@@ -107,6 +116,7 @@ VIEWS = {
 FILLING = [("fa3", "sm_90", None, {}), ("fa3", "sm_90", None, MLA), ("fa3", "sm_90", "flash:bind_vllm_fa3", {}),
            ("fa3", "sm_90", "flash:bind_vllm_fa3", MLA), ("fa2", "sm_80", "flash:bind_vllm_fa2", {}),
            ("flashinfer", "sm_80", None, {}), ("trtllm_mha", "sm_100", None, {}), ("flashinfer", "sm_90", None, MLA),
+           ("flashinfer_sinks", "sm_80", None, {"sinks": True}), ("flashinfer_sinks", "sm_120", None, {"sinks": True}),
            ("trtllm_mla", "sm_100", None, MLA), ("cutedsl_mla", "sm_100", None, MLA)]  # fmt: skip
 
 
@@ -119,9 +129,9 @@ def test_a_decode_call_into_out_makes_views_at_most(backend, arch, bind, spec):
     step = make_step(group, case)
     out = torch.empty(step.q.shape[0], step.q.shape[1], group.bindings["decode"].v_head_dim, dtype=step.q.dtype)
     decode = group.decode
-    decode(step.q, None, None, step.cache, step.plan, out=out)  # what is kept on the cache is there now
+    decode(step.q, None, None, step.cache, step.plan, out=out, **step.extra)  # what is kept on the cache is there now
     with Operations() as everything:
-        decode(step.q, None, None, step.cache, step.plan, out=out)
+        decode(step.q, None, None, step.cache, step.plan, out=out, **step.extra)
     with Operations() as inside:
         vendors_part(group, step, out)
     extra = list(everything.names)
@@ -137,7 +147,9 @@ def vendors_part(group, step, out):
     functions = [f for f in closure if hasattr(f, "__signature__")]
     if not functions:  # a wrapper's method
         wrapper = step.plan.decode if hasattr(step.plan.decode, "run") else step.plan.decode.wrapper
-        given = watch(wrapper, "run", lambda: group.decode(step.q, None, None, step.cache, step.plan, out=out))
+        given = watch(
+            wrapper, "run", lambda: group.decode(step.q, None, None, step.cache, step.plan, out=out, **step.extra)
+        )
         wrapper.run(*given[0], **given[1])
         return
     index = next(i for i, c in enumerate(group.decode.__closure__) if c.cell_contents in functions)
@@ -150,7 +162,7 @@ def vendors_part(group, step, out):
 
     with Pause():
         cell.cell_contents = spy
-        group.decode(step.q, None, None, step.cache, step.plan, out=out)
+        group.decode(step.q, None, None, step.cache, step.plan, out=out, **step.extra)
         cell.cell_contents = real
     args, kwargs = calls[0]
     real(*args, **kwargs)

@@ -1,6 +1,7 @@
 """FlashInfer: what there is, the MLA wrapper (fa2, fa3), and the planless calls of trtllm-gen, XQA and cute-dsl.
 
-The paged and ragged wrappers are in ``cuda_flashinfer_wrappers``.
+Beside it: the paged and ragged wrappers (``_wrappers``), what they may be planned for (``_planned``), variants compiled
+for them (``_variants``), cuDNN (``_cudnn``), and fmha_v2 (``cuda_fmha_v2``).
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from torch import Tensor
 from simulators.attend import finish, put, seen, sequence
 from simulators.contract import Misuse, Refused
 from simulators.cuda_flashinfer_common import FACTS, FP8, base2, check_workspace, host_ints, nhd
-from simulators.cuda_flashinfer_wrappers import Paged, Ragged
+from simulators.cuda_flashinfer_cudnn import cudnn_decode, cudnn_prefill
+from simulators.cuda_flashinfer_variants import SINK_SOURCES
+from simulators.cuda_flashinfer_wrappers import Paged, Ragged, WithSinks
+from simulators.cuda_fmha_v2 import fmha_v2
 from simulators.flash import check_index, check_longest, keys_of_pages, keys_of_rows, lengths_of, packed_edges
 from simulators.standin import StandIn
 
 
-def stand_in() -> StandIn:
+def stand_in(arch: str = "sm_90") -> StandIn:
+    """``arch``: what FlashInfer compiles for, where kernels differ by it."""
     return StandIn(
         "flashinfer",
         {
@@ -34,7 +39,12 @@ def stand_in() -> StandIn:
             "flashinfer.prefill.trtllm_ragged_attention_deepseek": ragged_deepseek,
             "flashinfer.mla.trtllm_batch_decode_with_kv_cache_mla": trtllm_mla,
             "flashinfer.utils.get_trtllm_gen_multi_ctas_kv_counter_bytes": counter_bytes,
+            "flashinfer.attention.BatchAttentionWithAttentionSinkWrapper": WithSinks,
+            "flashinfer.prefill.trtllm_fmha_v2_prefill": fmha_v2(arch),
+            "flashinfer.cudnn.cudnn_batch_prefill_with_kv_cache": cudnn_prefill,
+            "flashinfer.cudnn.cudnn_batch_decode_with_kv_cache": cudnn_decode,
         },
+        {"flashinfer.jit.attention.variants.attention_sink_decl": SINK_SOURCES, "cudnn.__version__": "1.31.0"},
     )
 
 

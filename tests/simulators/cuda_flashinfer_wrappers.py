@@ -1,8 +1,9 @@
-"""FlashInfer's paged and ragged wrappers."""
+"""FlashInfer's paged and ragged wrappers: fa2 and fa3; over ragged keys also CUTLASS and cuDNN."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,23 +13,38 @@ from torch import Tensor
 from simulators.attend import finish, put, seen, sequence
 from simulators.contract import Misuse, Refused
 from simulators.cuda_flashinfer_common import FACTS, FP8, base2, check_workspace, dtype_of, host_ints, nhd
-from simulators.flash import check_index, keys_of_pages, keys_of_rows
+from simulators.cuda_flashinfer_planned import (
+    Check,
+    check_cudnn,
+    check_cutlass,
+    check_fa2,
+    check_fa3,
+    check_room,
+    check_single_tokens,
+)
+from simulators.cuda_flashinfer_variants import Variant, named_without_width
+from simulators.flash import check_index, keys_of_pages, keys_of_rows, lengths_of
+
+NAN = float("nan")
 
 
 class Planned:
-    """What the wrappers of fa2 and fa3 have in common."""
+    """What the wrappers have in common."""
 
     where = "plan"
+    backends = "paged_backends"
+    """The limit that lists them."""
+    known: Mapping[str, Check] = {"fa2": check_fa2, "fa3": check_fa3}
+    """Those this stand-in knows."""
 
     def __init__(self, a: SimpleNamespace) -> None:
         self.backend, self.layout = a.backend, a.kv_layout
-        FACTS.require("paged_backends", a.backend, type(self).__name__)
+        FACTS.require(self.backends, a.backend, type(self).__name__)
         if a.backend == "auto":
             raise Misuse(f"{type(self).__name__}: backend='auto' leaves the kernel to rules that nobody recorded")
-        if a.backend not in ("fa2", "fa3"):
-            raise NotImplementedError(f"{type(self).__name__}: this stand-in knows fa2 and fa3, not {a.backend}")
-        if a.jit_args is not None:
-            raise NotImplementedError("this stand-in knows no variants of its own")
+        if a.backend not in self.known:
+            raise NotImplementedError(f"{type(self).__name__}: this stand-in does not know {a.backend}")
+        self.variant = None if a.jit_args is None else Variant(a.backend, a.jit_args, a.jit_kwargs)
         nhd(torch.empty(1, 1, 1, 1), a.kv_layout)
         self.workspace, self.graph = a.float_workspace_buffer, a.use_cuda_graph
         self.device = self.workspace.device
@@ -40,18 +56,11 @@ class Planned:
         self.q_dtype = dtype_of(a.q_data_type)
         self.kv_dtype = self.q_dtype if a.kv_data_type is None else dtype_of(a.kv_data_type)
         FACTS.require("dtype", str(self.q_dtype).removeprefix("torch."), self.where)
-        FACTS.require("fa2_kv_dtype", str(self.kv_dtype).removeprefix("torch."), self.where)
-        if self.backend == "fa3":
-            FACTS.require("fa3_head_dims", self.head_dims, self.where)
-            if self.kv_dtype != self.q_dtype or a.custom_mask is not None or a.packed_custom_mask is not None:
-                raise Refused(f"{self.where}: fa3 takes neither an fp8 cache under 16-bit q nor a custom mask")
-            if a.disable_split_kv or a.fixed_split_size is not None:
-                raise Misuse(f"{self.where}: fa3 drops disable_split_kv and fixed_split_size")
-        else:
-            FACTS.require("fa2_head_dim_qk", self.head_dims[0], self.where)
-            FACTS.require("fa2_head_dim_vo", self.head_dims[1], self.where)
+        self.known[self.backend](self.where, a, self.head_dims, self.kv_dtype == self.q_dtype)
         if a.pos_encoding_mode != "NONE" or a.num_qo_heads % a.num_kv_heads:
             raise Refused(f"{self.where}: no position encoding, and kv heads divide query heads")
+        if self.variant is not None:
+            self.variant.check_plan(self.where, a, (self.q_dtype, self.kv_dtype), self.head_dims)
         self.planned = a
 
     def check_q(self, a: SimpleNamespace, k_dtype: torch.dtype) -> None:
@@ -130,6 +139,9 @@ class Paged(Planned):
             raise AssertionError("window_left differs from the planned one")
         fp8 = k_cache.dtype in FP8
         scale = self.head_dims[0] ** -0.5 if p.sm_scale is None else p.sm_scale
+        sinks = None
+        if self.variant is not None:
+            sinks, scale = self.variant.arguments(a.args, a.q, p.sm_scale)
         for name in ("q_scale", "k_scale"):
             given = getattr(a, name)
             if isinstance(given, Tensor):
@@ -147,7 +159,8 @@ class Paged(Planned):
         parts = []
         for (b, e), (k, v), mask in zip(self.edges, keys, masks):
             visible = seen(e - b, k.shape[0], causal=p.causal and mask is None, left=p.window_left, mask=mask)
-            parts.append(sequence(a.q[b:e], k, v, visible, scale=scale, softcap=p.logits_soft_cap or 0.0))
+            cap = p.logits_soft_cap or 0.0
+            parts.append(sequence(a.q[b:e], k, v, visible, scale=scale, softcap=cap, sinks=sinks))
         out, lse = finish(parts, a.q)
         if a.v_scale is not None and a.v_scale != 1.0:
             out = out * a.v_scale
@@ -157,10 +170,31 @@ class Paged(Planned):
         return (out, base2(lse)) if a.return_lse else out
 
 
+class WithSinks(Paged):
+    """BatchAttentionWithAttentionSinkWrapper: the paged wrapper, made with a variant of FlashInfer's own naming."""
+
+    def __init__(self, a: SimpleNamespace) -> None:
+        windowed = {"use_sliding_window": a.window_left >= 0}
+        more = {"jit_args": named_without_width(a), "jit_kwargs": windowed, "variant_owns_mask": False}
+        super().__init__(SimpleNamespace(**vars(a), **more))
+
+    def plan(self, *args: Any, **kwargs: Any) -> None:
+        super().plan(self._inherited("plan", args, kwargs))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().run(self._inherited("run", args, kwargs))
+
+    def _inherited(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
+        parent = FACTS.functions[f"flashinfer.prefill.BatchPrefillWithPagedKVCacheWrapper.{method}"]
+        return SimpleNamespace(**parent.bind(args, kwargs))
+
+
 class Ragged(Planned):
     """BatchPrefillWithRaggedKVCacheWrapper."""
 
     where = "BatchPrefillWithRaggedKVCacheWrapper.plan"
+    backends = "ragged_backends"
+    known: Mapping[str, Check] = {**Planned.known, "cutlass": check_cutlass, "cudnn": check_cudnn}
 
     def plan(self, a: SimpleNamespace) -> None:
         offsets = host_ints(self.where, "qo_indptr", a.qo_indptr, (None,))
@@ -169,6 +203,8 @@ class Ragged(Planned):
             raise NotImplementedError("this stand-in knows no masks over ragged keys")
         self.take(a)
         self.edges, self.k_edges = list(itertools.pairwise(offsets)), list(itertools.pairwise(keys))
+        if self.backend == "cutlass":
+            check_room(self.where, lengths_of(self.edges), a.num_qo_heads)
 
     def run(self, a: SimpleNamespace) -> Any:
         self.check_q(a, a.k.dtype)
@@ -177,13 +213,20 @@ class Ragged(Planned):
         for t, width in ((a.k, self.head_dims[0]), (a.v, self.head_dims[1])):
             if tuple(t.shape) != (self.k_edges[-1][1], p.num_kv_heads, width):
                 raise Refused(f"run: k or v is {tuple(t.shape)}; planned {self.k_edges[-1][1]} keys")
+        if self.backend == "cutlass" and a.out is not None and not a.out.is_contiguous():
+            raise Misuse("run: cutlass takes the strides of out from its shape")
+        if self.backend == "cudnn":
+            if self.layout != "NHD" or (a.out is not None and not a.out.is_contiguous()):
+                raise Refused("run: cudnn takes NHD and writes contiguous outputs")
+            if a.return_lse:
+                check_single_tokens("run", lengths_of(self.edges), p.num_qo_heads, p.num_kv_heads)
         scale = self.head_dims[0] ** -0.5 if p.sm_scale is None else p.sm_scale
         parts = []
         for (b, e), (k, v) in zip(self.edges, keys_of_rows("run", a.k, a.v, self.k_edges)):
             visible = seen(e - b, k.shape[0], causal=p.causal, left=p.window_left)
             parts.append(sequence(a.q[b:e], k, v, visible, scale=scale, softcap=p.logits_soft_cap or 0.0))
         out, lse = finish(parts, a.q)
-        unwritten = [i for (b, e), (kb, ke) in zip(self.edges, self.k_edges) if kb == ke for i in range(b, e)]
-        lse[:, unwritten] = float("nan")  # not documented: to be replaced by the caller
+        if self.backend != "cutlass":  # what a row without keys gets is not documented: to be replaced by the caller
+            lse[:, [i for (b, e), (kb, ke) in zip(self.edges, self.k_edges) if kb == ke for i in range(b, e)]] = NAN
         out = put(a.out, out)
         return (out, base2(lse)) if a.return_lse else out

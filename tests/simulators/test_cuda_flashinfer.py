@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from simulators import cuda_flashinfer, cuda_flashinfer_common
+from simulators import cuda_flashinfer, cuda_flashinfer_common, test_cuda_flashinfer_kernels
 from simulators.contract import Contract, Misuse, Refused
 from simulators.standin import installed
 
@@ -59,7 +59,8 @@ def latent(fi, **plan):
 
 
 def test_every_quirk_has_a_test():
-    assert {n[11:] for n in globals() if n.startswith("test_quirk_")} == set(Contract.load("flashinfer").quirks)
+    tested = {n[11:] for n in {**globals(), **vars(test_cuda_flashinfer_kernels)} if n.startswith("test_quirk_")}
+    assert tested == set(Contract.load("flashinfer").quirks)
 
 
 def test_quirk_sinks_dropped(fi):
@@ -163,7 +164,7 @@ def test_quirk_default_layout_differs():
     assert layouts == {
         "BatchPrefillWithPagedKVCacheWrapper": "NHD", "BatchPrefillWithRaggedKVCacheWrapper": "NHD",
         "trtllm_batch_decode_with_kv_cache": "HND", "xqa_batch_decode_with_kv_cache": "NHD",
-        "trtllm_batch_context_with_kv_cache": "HND",
+        "trtllm_batch_context_with_kv_cache": "HND", "BatchAttentionWithAttentionSinkWrapper": "NHD",
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ BACKENDS = {
     "cuda": {
         "flashinfer", "fa2", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "cutlass_mla", "cutedsl_mla", "flashmla", "dsa",
         "dual_chunk_flash_attn",
+        "flashinfer_sinks",  # no engine's name: what FlashInfer's sink wrapper serves, for who asks for it
     },
     "musa": {"fa3", "flashmla"},
     "rocm": {"aiter", "wave"},

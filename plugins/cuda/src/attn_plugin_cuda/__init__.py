@@ -10,11 +10,19 @@ from collections.abc import Iterable
 
 from attn_core.hookspecs import hookimpl
 from attn_core.spec import BackendSpec, Constraint, Device, PlatformSpec
-from attn_plugin_cuda import backends, backends_dual_chunk, backends_flash, backends_mla, platform, probe
+from attn_plugin_cuda import (
+    backends,
+    backends_dual_chunk,
+    backends_flash,
+    backends_flashinfer,
+    backends_mla,
+    platform,
+    probe,
+)
 
 __version__ = "0.1.0"
 
-_TABLES = (backends, backends_flash, backends_mla, backends_dual_chunk)
+_TABLES = (backends, backends_flashinfer, backends_flash, backends_mla, backends_dual_chunk)
 
 
 @hookimpl

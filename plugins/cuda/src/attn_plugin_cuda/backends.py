@@ -70,8 +70,8 @@ def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], *
 
 # ---- flashinfer ------------------------------------------------------------------------------------------------------
 # fa2 kernels from templates, on 8.0 and later. Turing is left to Triton: flashinfer issue 3620, which vLLM fences off.
-# No sinks: the plain wrappers take sinks= and drop it on fa2, fa3 and CUDA-core decode. The wrapper that applies them
-# names its binary without the head_dim, so that two groups of one model would share one: not offered either.
+# No sinks: the plain wrappers take sinks= and drop it on fa2, fa3 and CUDA-core decode. The variant that applies them
+# has a name of its own, ``flashinfer_sinks`` (backends_flashinfer).
 
 _FI = (
     "FI prefill.py:835-905 (sinks are dropped), attention/_core.py:431 (sink wrapper), attention/prefill.cuh:377-394 "
@@ -85,6 +85,14 @@ _FI_PAGED = {
     "unequal_v": True, "sliding_window": True, "page_size": ANY,
     "kv_cache_dtype": ["auto", "fp8_e4m3", "fp8_e5m2"], "kv_layout": ["NHD", "HND"],
 }  # fmt: skip
+
+
+XQA = {
+    "dtype": HALF, "device.arch": ["sm_120", "sm_121"], "head_dim": MultipleOf(16, max=256), "custom_scale": True,
+    "sliding_window": True, "page_size": [16, 32, 64, 128], "kv_cache_dtype": ["auto", "fp8_e4m3"],
+    "kv_layout": ["NHD", "HND"], "graph": CAPTURED, "host_lengths": BOTH_LENGTHS, "native_out": True,
+}  # fmt: skip
+"""XQA's decode, without sinks."""
 
 
 def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
@@ -113,19 +121,11 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
             rank=1,
             **fa2,
         ),
-        # XQA. It takes sinks, but vLLM admits them only where cubins can be fetched, and FlashInfer's prefill drops
-        # them: refused until the adapter has run there.
+        # XQA. It takes sinks, but FlashInfer's prefill drops them: with them it is ``flashinfer_sinks``.
         *table(
             "flashinfer",
             "FI xqa.py:402, jit/xqa.py (widths, pages); sglang PR 18758 (XQA decode on SM12x)",
-            {
-                "decode": {
-                    "dtype": HALF, "device.arch": ["sm_120", "sm_121"], "head_dim": MultipleOf(16, max=256),
-                    "custom_scale": True, "sliding_window": True, "page_size": [16, 32, 64, 128],
-                    "kv_cache_dtype": ["auto", "fp8_e4m3"], "kv_layout": ["NHD", "HND"], "graph": CAPTURED,
-                    "host_lengths": BOTH_LENGTHS, "native_out": True,
-                }
-            },
+            {"decode": XQA},
             bind=f"{KERNELS}.xqa:bind",
             variants={"xqa": EVERY_STEP},
             **tuned,

@@ -27,6 +27,14 @@ from attn_plugin_cuda.backends import (
     table,
 )
 from attn_plugin_cuda.backends_flash import FA3_SGL, FA3_UPSTREAM, FA3_VLLM
+from attn_plugin_cuda.backends_flashinfer import (
+    CUDNN_ARCHS,
+    CUDNN_SOURCES,
+    CUTLASS_ARCHS,
+    CUTLASS_SOURCES,
+    IN_ROOM,
+    cudnn_needs,
+)
 
 FLASH_MLA = Requirement(
     "sgl-flash-mla>=1.0",
@@ -94,6 +102,7 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
             **{**more, "needs": {*more["needs"], "wgmma"}},
         )
     return (
+        *_flashinfer_blackwell(device, more["tier"], rank),
         *table(
             "flashinfer",
             _FI_RAGGED,
@@ -115,6 +124,39 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
             bind=f"{KERNELS}.flashinfer_mla:bind",
             variants={"fa2": EVERY_STEP},
             **_ABSORBED,
+            **more,
+        ),
+    )
+
+
+def _flashinfer_blackwell(device: Device, tier: Tier, rank: int) -> tuple[BackendSpec, ...]:
+    """Materialised prefill by cuDNN and CUTLASS, ahead of fa2 as in FlashInfer's own rule."""
+    if device.arch not in CUTLASS_ARCHS:
+        return ()
+    pairs = [(192, 128), (128, 128)]
+    more: dict[str, Any] = {"tier": tier, "needs": {"tcgen05", "tmem"}, **_MATERIALISED}
+    cudnn: tuple[BackendSpec, ...] = ()
+    if device.arch in CUDNN_ARCHS:
+        cudnn = table(
+            "flashinfer",
+            CUDNN_SOURCES,
+            {"prefill": {**_EXPANDED, "head_dims": [*pairs, (256, 256)], "group_size": [1]}},
+            rank=rank - 2,
+            requires=cudnn_needs(device),
+            bind=f"{KERNELS}.flashinfer:bind_cudnn",
+            variants={"cudnn": EVERY_STEP},
+            **more,
+        )
+    return (
+        *cudnn,
+        *table(
+            "flashinfer",
+            f"{CUTLASS_SOURCES}; attention/blackwell (zeros and -inf where a row has no keys)",
+            {"prefill": {**_EXPANDED, "head_dims": pairs}},
+            rank=rank - 1,
+            requires=flashinfer_needs(device),
+            bind=f"{KERNELS}.flashinfer:bind_cutlass",
+            variants=IN_ROOM,
             **more,
         ),
     )

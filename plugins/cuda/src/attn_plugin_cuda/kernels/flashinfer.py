@@ -1,4 +1,4 @@
-"""FlashInfer's template kernels (fa2, and fa3 on Hopper) through its paged and ragged wrappers.
+"""FlashInfer's paged and ragged wrappers: fa2, fa3 on Hopper; over ragged keys CUTLASS and cuDNN on Blackwell.
 
 Decode runs on the prefill wrapper too: on tensor cores both are one kernel. A wrapper, its workspace and its page
 indices belong to one plan. Index arrays go to ``plan`` on the host, where it reads them; page ids lie on the device.
@@ -11,6 +11,7 @@ kernels, so sinks are not claimed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch import Tensor
 from attn_core.adapters import Ragged, left, load
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_cuda.backends import FLASHINFER
+from attn_plugin_cuda.backends_flashinfer import CUDNN_FRONTEND
 from attn_plugin_cuda.memory import workspace
 
 MODULE = "flashinfer.prefill"
 LN2 = math.log(2)
+ROOM, TILE = 131072, 256
+"""CUTLASS's plan has so many entries, one per tile of queries, head and sequence, and writes beyond them unchecked."""
 
 
 def bind(b: Binding) -> Kernels:
@@ -34,11 +38,27 @@ def bind_fa3(b: Binding) -> Kernels:
     return _bind(b, "fa3")
 
 
+def bind_cutlass(b: Binding) -> Kernels:
+    """CUTLASS, and fa2 for a step that CUTLASS's plan has no room for."""
+    heads = b.num_heads
+
+    def path_of(batch: Batch) -> str:
+        tiles = sum(-(-n // TILE) for n in batch.lengths.queries)
+        return "cutlass" if tiles * heads <= ROOM else "fa2"
+
+    return _ragged(b, ("cutlass", "fa2"), path_of)
+
+
+def bind_cudnn(b: Binding) -> Kernels:
+    load(CUDNN_FRONTEND, "cudnn")  # without it FlashInfer takes binaries of its own, which do less
+    return _ragged(b, ("cudnn",), lambda _: "cudnn")
+
+
 def _bind(b: Binding, path: str) -> Kernels:
     """``path`` is FlashInfer's kernel, named in every wrapper so that none of its own rules decides."""
     if b.form == "materialised" or b.kv_layout is None:
-        return _ragged(b, path)
-    return _paged(b, path)
+        return _ragged(b, (path,), lambda _: path)
+    return paged(b, path)
 
 
 def planned(b: Binding, path: str) -> dict[str, Any]:
@@ -61,7 +81,8 @@ class Step:
         """``masked``: a graph holds the masked kernel, so every step fills the mask."""
 
 
-def _paged(b: Binding, path: str) -> Kernels:
+def paged(b: Binding, path: str, **own: Any) -> Kernels:
+    """Keys in pages. ``own``: what else the wrapper is made with."""
     make = load(FLASHINFER, MODULE, "BatchPrefillWithPagedKVCacheWrapper")
     step_of, page_size, heads, kv_heads = attrgetter(b.role), b.page_size or 1, b.num_heads, b.num_kv_heads
     given, window = planned(b, path), left(b)
@@ -70,7 +91,7 @@ def _paged(b: Binding, path: str) -> Kernels:
     def new(batch: Batch, capture: Capture | None) -> Step:
         buffer = workspace(b.torch_device)
         if capture is None:
-            return Step(make(buffer, b.kv_layout, backend=path), masked=False)
+            return Step(make(buffer, b.kv_layout, backend=path, **own), masked=False)
         rows, pages = capture.max_seqs, -(-capture.max_kv_len // page_size)
         ints: dict[str, Any] = {"dtype": torch.int32, "device": b.torch_device}
         masks: dict[str, Any] = {}
@@ -83,7 +104,7 @@ def _paged(b: Binding, path: str) -> Kernels:
         wrapper = make(
             buffer, b.kv_layout, use_cuda_graph=True, qo_indptr_buf=torch.zeros(rows + 1, **ints),
             paged_kv_indptr_buf=torch.zeros(rows + 1, **ints), paged_kv_indices_buf=torch.zeros(rows * pages, **ints),
-            paged_kv_last_page_len_buf=torch.zeros(rows, **ints), backend=path, **masks,
+            paged_kv_last_page_len_buf=torch.zeros(rows, **ints), backend=path, **masks, **own,
         )  # fmt: skip
         return Step(wrapper, masked=trees)
 
@@ -141,17 +162,20 @@ def tree_bits(batch: Batch, window_left: int) -> Tensor:
     return torch.where(new < 0, old, among)
 
 
-def _ragged(b: Binding, path: str) -> Kernels:
-    """Keys in memory: encoders, and materialised MLA."""
+def _ragged(b: Binding, paths: tuple[str, ...], path_of: Callable[[Batch], str]) -> Kernels:
+    """Keys in memory: encoders, and materialised MLA. ``path_of`` names the kernel of a step, one of ``paths``."""
     make = load(FLASHINFER, MODULE, "BatchPrefillWithRaggedKVCacheWrapper")
     step_of, heads, kv_heads = attrgetter(b.role), b.num_heads, b.num_kv_heads
-    given = planned(b, path)
-    given["kv_data_type"] = b.dtype
+    given = {path: {**planned(b, path), "kv_data_type": b.dtype} for path in paths}
 
     def plan(batch: Batch, *, capture: Capture | None = None, out: Rows | None = None) -> Rows:
-        step = Rows(make(workspace(b.torch_device), "NHD", backend=path)) if out is None else out
+        step = Rows(workspace(b.torch_device)) if out is None else out
         step.fill(batch)
-        step.wrapper.plan(batch.cu_query_lens, batch.cu_kv_lens, heads, kv_heads, b.head_dim, **given)
+        path = path_of(batch)
+        if path not in step.wrappers:
+            step.wrappers[path] = make(step.workspace, "NHD", backend=path)
+        step.wrapper = step.wrappers[path]
+        step.wrapper.plan(batch.cu_query_lens, batch.cu_kv_lens, heads, kv_heads, b.head_dim, **given[path])
         return step
 
     def call(
@@ -170,9 +194,11 @@ def _ragged(b: Binding, path: str) -> Kernels:
 
 
 class Rows(Ragged):
-    """A ragged wrapper with its plan for one step."""
+    """The ragged wrapper that this step was planned for, of those made so far; they share a workspace."""
 
-    __slots__ = ("wrapper",)
+    __slots__ = ("workspace", "wrapper", "wrappers")
 
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper = wrapper
+    wrapper: Any
+
+    def __init__(self, workspace: Tensor) -> None:
+        self.workspace, self.wrappers = workspace, dict[str, Any]()

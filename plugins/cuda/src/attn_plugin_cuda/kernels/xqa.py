@@ -1,7 +1,7 @@
 """FlashInfer's XQA decode on SM12x: no plan, lengths from the device, no LSE.
 
 Conventions: windows count the keys to the left; the scores' scale is ours to pass, with the cache's k scale in it; the
-first bytes of the workspace are semaphores and start as zeros.
+first bytes of the workspace are semaphores and start as zeros; sinks, for rows that claim them, are float32 (heads,).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def bind(b: Binding) -> Kernels:
         return attend(
             q, kv_cache.data, step.workspace, step.table, step.kv_lens, step.max_kv,
             bmm1_scale=scale * kv_cache.k_scale, bmm2_scale=kv_cache.v_scale, window_left=window, out=out,
-            kv_layout=layout,
+            sinks=sinks, kv_layout=layout,
         )  # fmt: skip
 
     return Kernels(plan=planner(b), call=call)
