@@ -71,6 +71,14 @@ def test_bounds_of_lengths_go_to_kernels_without_a_plan() -> None:
             decide({**ENCODER, "dtype": "float16"}, f"cuda:{arch}", backend="flashinfer", **bounds)
 
 
+def test_verify_rows_of_cudnn_need_what_its_decode_kernel_is_written_in() -> None:
+    asked = {"host_lengths": "bounds", "verify_width": 3}
+    assert kernels(DENSE, "cuda:sm_100", **asked)["decode"] == ("cudnn",)
+    for width in ({**asked, "verify_width": 5}, {**asked, "versions": {"nvidia-cutlass-dsl": "4.6.2"}}):
+        with pytest.raises(NoBackendError):
+            decide(DENSE, "cuda:sm_100", backend="flashinfer", **width)
+
+
 def test_lse_of_grouped_heads_is_not_asked_of_cudnns_prefill() -> None:
     with pytest.raises(NoBackendError, match="group_size"):
         decide(DENSE, "cuda:sm_100", backend="flashinfer", host_lengths="bounds", lse=True)

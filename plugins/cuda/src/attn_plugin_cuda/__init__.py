@@ -23,6 +23,7 @@ from attn_plugin_cuda import (
 __version__ = "0.1.0"
 
 _TABLES = (backends, backends_flashinfer, backends_flash, backends_mla, backends_dual_chunk)
+_RULES = (*backends.RULES, *backends_flash.RULES, *backends_dual_chunk.RULES)
 
 
 @hookimpl
@@ -45,6 +46,4 @@ def attn_backends(device: Device) -> Iterable[BackendSpec]:
 
 @hookimpl
 def attn_constraints(device: Device) -> Iterable[Constraint]:
-    if device.platform != platform.PLATFORM.name:
-        return ()
-    return tuple(rule for table in _TABLES for rule in table.RULES)
+    return _RULES if device.platform == platform.PLATFORM.name else ()

@@ -32,6 +32,13 @@ CUDNN_FRONTEND = Requirement(
     symbols=("cudnn",),
     install="pip install nvidia-cudnn-frontend",
 )
+CUDNN_DSL = Requirement(
+    "nvidia-cutlass-dsl>=4.7",
+    written_for="4.7.1",
+    symbols=("cutlass.cute",),
+    install="pip install 'nvidia-cutlass-dsl>=4.7'",
+)
+"""What cuDNN's kernel for several queries per row is written in; an older one leaves them to a prefill kernel."""
 CUTLASS_ARCHS = frozenset({"sm_100", "sm_103", "sm_110"})
 CUDNN_ARCHS = frozenset({"sm_100", "sm_103"})
 
@@ -54,8 +61,9 @@ def cudnn_needs(device: Device) -> tuple[Requirement, ...]:
 
 # ---- cutlass and cudnn over ragged keys ------------------------------------------------------------------------------
 # FlashInfer's own rule on Blackwell, which its makers measured on B200: cuDNN, then CUTLASS, then fa2. For widths that
-# the rule leaves to fa2 they stand behind it, and nothing is padded to get there. Neither is given windows, soft caps or masks, or has fixed splits. Both
-# write their output by its shape alone, so that a strided one goes through the core's copy.
+# the rule leaves to fa2 they stand behind it, and nothing is padded to get there. Neither is given windows, soft caps
+# or masks, or has fixed splits. CUTLASS writes its output by shape alone and cuDNN wants it contiguous, so that one of
+# the caller's goes through the core's copy.
 
 CUTLASS_SOURCES = (
     "FI prefill.py:2431-2570 (_blackwell_ragged_auto_upgrade), data/csrc/fmha_cutlass_sm100.cu (pairs of widths, "
@@ -111,6 +119,11 @@ def _cudnn(device: Device) -> tuple[BackendSpec, ...]:
         "FI cudnn/prefill.py (widths, units of offsets, LSE), tests/attention/test_cudnn_prefill.py (pages, 8 bits); "
         "flashinfer PR 4626 (large pages, causal alignment), PR 3784 (lengths of one axis), PR 4270"
     )
+    decode = {**paged, "head_dim": [128, 256], "sliding_window": True, "lse": True, "graph": CAPTURED}
+    decoding = (
+        "FI cudnn/decode.py, decode.py:665-800 (_auto_decode_prefers_cudnn: widths, pages, up to 4 queries), "
+        "tests/attention/test_cudnn_decode.py (LSE of grouped heads); flashinfer PR 4625"
+    )
     more: dict[str, Any] = {
         "tier": Tier.TUNED, "rank": 2, "needs": {"tcgen05", "tmem"}, "requires": cudnn_needs(device),
         "bind": f"{KERNELS}.flashinfer_cudnn:bind", "variants": {"cudnn": EVERY_STEP},
@@ -123,17 +136,12 @@ def _cudnn(device: Device) -> tuple[BackendSpec, ...]:
             {"prefill": {**prefill, "lse": True, "group_size": [1]}},
             **more,
         ),
+        *table("flashinfer", decoding, {"decode": decode}, **more),
         *table(
             "flashinfer",
-            "FI cudnn/decode.py, decode.py:665-800 (_auto_decode_prefers_cudnn: widths, pages, up to 4 queries), "
-            "tests/attention/test_cudnn_decode.py (LSE of grouped heads); flashinfer PR 4625",
-            {
-                "decode": {
-                    **paged, "head_dim": [128, 256], "sliding_window": True, "lse": True, "graph": CAPTURED,
-                    "verify_width": [1, 2, 3, 4],
-                }
-            },
-            **more,
+            f"{decoding}; FI cudnn/utils.py (cudnn_frontend_frost_runtime_available)",
+            {"decode": {**decode, "verify_width": [2, 3, 4]}},
+            **{**more, "requires": (*more["requires"], CUDNN_DSL)},
         ),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from attn_core.domain import ANY, Domain, MultipleOf, NoneOf
-from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
+from attn_core.spec import BackendSpec, Device, Requirement, Tier
 from attn_plugin_cuda.backends import (
     BOTH_LENGTHS,
     CAPTURED,
@@ -398,7 +398,3 @@ _DSA_TABLE = (
 def rows(device: Device) -> Iterable[BackendSpec]:
     """Every row, whether or not the device can run it: the core explains why not."""
     return (*_flashinfer(device), *_FA3, *_FLASHMLA, *_CUTLASS, *_TRTLLM, *_CUTEDSL, *_DSA_TABLE)
-
-
-RULES: tuple[Constraint, ...] = ()
-"""Those of MLA's kernels are those of their backends, which stand beside their other rows."""
