@@ -17,6 +17,7 @@ import torch
 
 from attn_core.adapters import left, load
 from attn_core.runtime import Binding, Kernels
+from attn_plugin_cuda.backends import FLASHINFER
 from attn_plugin_cuda.backends_flashinfer import CUDNN_FRONTEND
 from attn_plugin_cuda.kernels.scratch import planner
 
@@ -34,7 +35,7 @@ def bind(b: Binding) -> Kernels:
 
 
 def _decode(b: Binding) -> Kernels:
-    attend = load(CUDNN_FRONTEND, MODULE, "cudnn_batch_decode_with_kv_cache")
+    attend = load(FLASHINFER, MODULE, "cudnn_batch_decode_with_kv_cache")
     scale, window, page_size = b.scale, left(b), b.page_size or 1
 
     def call(
@@ -53,7 +54,7 @@ def _decode(b: Binding) -> Kernels:
 
 
 def _prefill(b: Binding) -> Kernels:
-    attend = load(CUDNN_FRONTEND, MODULE, "cudnn_batch_prefill_with_kv_cache")
+    attend = load(FLASHINFER, MODULE, "cudnn_batch_prefill_with_kv_cache")
     scale, page_size, heads = b.scale, b.page_size or 1, b.num_heads
 
     def call(
