@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -261,13 +261,10 @@ class GroupSpace:
             lists.append(rows if few else self._undominated(role, rows))
         required = [r not in ACCOMPANYING for r in self.roles]
         masks = [self.masks[r] for r in self.roles]
-        for head, tied in levels(lists, required):
-            possible = []  # most are not, so that is found out before they are put in order
-            for picks in tied:
-                mask = self.full
-                for m, c in zip(masks, picks):
-                    mask &= m[id(c)]
-                if mask and self.rules:
+        for head, tied in levels(lists, masks, required):
+            possible = []
+            for picks, mask in tied:
+                if self.rules:
                     mask &= self.rules_mask(picks)
                 if mask:
                     possible.append((_tail(picks), picks, mask))
@@ -278,11 +275,12 @@ class GroupSpace:
 
     @property
     def reach(self) -> int:
-        """Shared assignments that some row of every role allows: no combination can reach others."""
-        out = self.shared.full
+        """Shared assignments that some row of every role allows at the same local values: but for rules, exactly those
+        that a combination reaches."""
+        out = self.full
         for role in self.roles:
-            out &= self.project(union(self.masks[role].values()))
-        return out
+            out &= union(self.masks[role].values())
+        return self.project(out)
 
     def frontier(
         self, within: int, only: Mapping[str, str] | None = None, *, first: bool = False
@@ -366,17 +364,18 @@ def union(masks: Any) -> int:
 
 
 def levels(
-    lists: Sequence[Sequence[Candidate]], required: Sequence[bool]
-) -> Iterator[tuple[Key, Iterator[tuple[Candidate, ...]]]]:
-    """All combinations of one candidate per list (each best first): the heads of their keys in order, lazily, each with
-    the combinations that share it, in any order.
+    lists: Sequence[Sequence[Candidate]], masks: Sequence[Mapping[int, int]], required: Sequence[bool]
+) -> Iterator[tuple[Key, list[tuple[tuple[Candidate, ...], int]]]]:
+    """All combinations of one candidate per list (each best first) whose masks have something in common: the heads of
+    their keys in order, lazily, each with the combinations that share it, in any order.
 
     Rows equal in (tier, rank, padded) form a class; the key's first four parts grow along every list of classes, so
-    a heap over class indices pops them in order.
+    a heap over class indices pops them in order. Most classes exclude each other (layouts), which their unions tell.
     """
     if not all(lists):
         return
     classes = [[list(g) for _, g in groupby(rows, key=_class)] for rows in lists]
+    unions = [[union(mask[id(c)] for c in cls) for cls in of] for of, mask in zip(classes, masks)]
     start = (0,) * len(lists)
     heap = [(_head([c[0][0] for c in classes], required), start)]
     seen = {start}
@@ -391,7 +390,18 @@ def levels(
                     if after not in seen:
                         seen.add(after)
                         heapq.heappush(heap, (_head([c[i][0] for c, i in zip(classes, after)], required), after))
-        yield head, chain.from_iterable(product(*(c[i] for c, i in zip(classes, index))) for index in level)
+        tied: list[tuple[tuple[Candidate, ...], int]] = []
+        for index in level:
+            common = -1
+            for of, i in zip(unions, index):
+                common &= of[i]
+            if common:
+                found: list[tuple[tuple[Candidate, ...], int]] = [((), common)]
+                for of_role, i, mask in zip(classes, index, masks):
+                    found = [((*picks, c), left) for picks, m in found for c in of_role[i] if (left := m & mask[id(c)])]
+                tied += found
+        if tied:
+            yield head, tied
 
 
 def _preference(c: Candidate) -> tuple[int, int, int, int]:
