@@ -46,7 +46,7 @@ def bind(b: Binding) -> Kernels:
         if slots is None:
             return None
         written = slots >= 0
-        if on_host and bool(written.all()):
+        if on_host and capture is None and bool(written.all()):
             return _Slots(slots // page_size, slots % page_size, None)
         real = slots.clamp(min=0)
         made = _Slots(real // page_size, real % page_size, written)
