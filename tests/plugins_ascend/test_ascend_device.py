@@ -16,4 +16,5 @@ def test_two_devices_at_once():
     script = Path(__file__).with_name("on_npu.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == 5
+    assert done.stdout.count("ok") == 7
+    assert done.stdout.count("replayed") == 3

@@ -6,7 +6,7 @@ import pytest
 
 from simulators import ascend_npu
 from simulators.harness import DECODE, RAGGED, Case, device, mutated, mutations, rows_of
-from simulators.isolation import check_isolation
+from simulators.isolation import check_isolation, one
 
 ROWS = rows_of("ascend", device("ascend", "910b"), "ascend")
 
@@ -41,23 +41,23 @@ SHARED = [
     *mutations(
         "attn_plugin_ascend.kernels.fia",
         {
-            "one step per backend": (
-                "step = Lists() if out is None else out",
-                "step = plan.__dict__.setdefault('step', Lists())",
-                3,
-            )
+            "one step over rows per backend": one("Rows(names)"),
+            "one step over pages per backend": (
+                "return Pages(names, None if capture",
+                "return vars(make).get('kept') or vars(make).setdefault('kept', Pages(names, None)) if not capture else "
+                "Pages(names, None if capture",
+            ),
         },
     ),
     *mutations(
         "attn_plugin_ascend.kernels.kv_write",
         {
             "one list of slots per backend": (
-                "step = Slots() if out is None else out",
-                "step = plan.__dict__.setdefault('step', Slots())",
+                "fill = refilled(Slots)", "fill = refilled(lambda capture, kept=[]: (kept.append(Slots(None)), kept[0])[1])"
             )
         },
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mutation", SHARED, ids=lambda m: m.what)

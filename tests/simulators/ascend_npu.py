@@ -1,4 +1,7 @@
-"""torch_npu 2.10: fused infer attention (both versions, packed queries) and the cache writer."""
+"""torch_npu 2.10: fused infer attention (both versions, packed queries), its cache writer, and all parts together.
+
+ATB's kernels are in ``ascend_atb``, graphs and streams in ``ascend_graphs``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simulators import ascend_atb
+from simulators.ascend_graphs import World
 from simulators.attend import finish, seen, sequence
 from simulators.contract import Contract, Misuse, Refused
 from simulators.flash import Keys, keys_of_pages, keys_of_rows
 from simulators.standin import StandIn
 
-FACTS = Contract.load("torch_npu")
+FACTS = Contract.load("torch_npu", "torch_npu_runtime")
 V1 = "torch.ops.npu.npu_fused_infer_attention_score"
 V2 = f"{V1}_v2"
 SCATTER = "torch.ops.npu.npu_scatter_pa_kv_cache"
@@ -25,8 +30,58 @@ NOT_MODELLED = ("pse_shift", "quant_scale1", "quant_scale2", "antiquant_scale", 
                 "dequant_scale_key", "quant_scale_out")  # fmt: skip
 
 
-def stand_in() -> StandIn:
-    return StandIn("torch_npu", {V1: v1, V2: v2, SCATTER: scatter})
+class Npu(StandIn):
+    """``world`` holds the streams and graphs."""
+
+    def __init__(self, home: str = "cpu") -> None:
+        self.world = World(home)
+        npu, atb, kernel = "torch.ops.npu", "torch.ops.atb", self.world.kernel
+        super().__init__(FACTS, {
+            V1: kernel(v1), V2: kernel(v2), f"{V1}.out": kernel(into(v1)), f"{V2}.out": kernel(into(v2)),
+            SCATTER: kernel(scatter, writes=True),
+            f"{npu}._npu_fused_infer_attention_score_get_max_workspace": room,
+            f"{npu}._npu_fused_infer_attention_score_v2_get_max_workspace": room,
+            f"{atb}._npu_paged_attention": kernel(ascend_atb.paged_attention),
+            f"{atb}._npu_paged_attention_splitfuse_v2": kernel(ascend_atb.splitfuse),
+            f"{atb}._npu_reshape_and_cache": kernel(ascend_atb.reshape_and_cache, writes=True),
+            f"{npu}.empty_with_format": ascend_atb.empty_with_format,
+            f"{npu}.get_npu_format": ascend_atb.get_npu_format,
+            **self.world.answers(),
+        })  # fmt: skip
+
+
+def stand_in(home: str = "cpu") -> Npu:
+    return Npu(home)
+
+
+def into(answer: Any) -> Any:
+    """The overload that fills tensors of the caller."""
+
+    def fill(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        out, lse = answer(SimpleNamespace(**{n: x for n, x in vars(a).items() if n not in ("out", "workspace")}))
+        given, given_lse = a.out
+        if a.workspace is not None and a.workspace.numel() < size_of(a):
+            raise Misuse(f"out: a workspace of {a.workspace.numel()} bytes, where {size_of(a)} are used")
+        if given.shape != out.shape or given.dtype != out.dtype or not given.is_contiguous():
+            raise Refused(f"out: output {tuple(given.shape)} {given.dtype}, expected {tuple(out.shape)} {out.dtype}")
+        given.copy_(out)
+        if lse.dim() > 1:
+            if given_lse.shape != lse.shape or given_lse.dtype != lse.dtype:
+                raise Refused(f"out: LSE {tuple(given_lse.shape)} {given_lse.dtype}, expected {tuple(lse.shape)}")
+            given_lse.copy_(lse)
+        return given, given_lse
+
+    return fill
+
+
+def size_of(a: SimpleNamespace) -> int:
+    """Bytes of workspace, which is the vendor's to know: more for longer keys, so one step's is not every step's."""
+    lengths = a.actual_seq_kvlen if hasattr(a, "actual_seq_kvlen") else a.actual_seq_lengths_kv
+    return int(a.query.shape[1] * len(lengths) * max(lengths))
+
+
+def room(a: SimpleNamespace) -> Tensor:
+    return a.query.new_empty(size_of(a), dtype=torch.uint8)  # type: ignore[no-any-return]
 
 
 def v1(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -188,10 +243,6 @@ def scatter(a: SimpleNamespace) -> None:
     for new, pages in ((a.key, a.key_cache), (a.value, a.value_cache)):
         if new.shape[1:] != pages.shape[2:] or new.dtype != pages.dtype:
             raise Refused(f"{where}: keys {tuple(new.shape)} do not fit a cache of {tuple(pages.shape)}")
-        doubled = {}
-        for slot, row in zip(slots.tolist(), new):
-            if slot in doubled and not torch.equal(doubled[slot], row):
-                raise Misuse(f"{where}: slot {slot} is written twice with different keys: which one stays is undefined")
-            doubled[slot] = row
+        ascend_atb.one_key_a_slot(where, slots, new)
         page, place = (x.to(pages.device) for x in (slots // pages.shape[1], slots % pages.shape[1]))
         pages[page, place] = new

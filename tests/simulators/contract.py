@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent / "contracts"
+PARTS = ("functions", "aliases", "limits", "quirks")
 
 
 class Refused(RuntimeError):  # noqa: N818 (the word the vendors' own checks stand for)
@@ -63,8 +64,11 @@ class Contract:
     facts: Mapping[str, Any]
 
     @staticmethod
-    def load(name: str) -> Contract:
-        return Contract(name, json.loads((HERE / f"{name}.json").read_text(encoding="utf-8")))
+    def load(name: str, *more: str) -> Contract:
+        """The file of that name; with ``more`` files of the same package, all they say together."""
+        files = [json.loads((HERE / f"{n}.json").read_text(encoding="utf-8")) for n in (name, *more)]
+        parts = {k: {n: x for f in files for n, x in f.get(k, {}).items()} for k in PARTS} if more else {}
+        return Contract(name, {**files[0], **parts})
 
     @cached_property
     def functions(self) -> dict[str, Function]:

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +26,7 @@ from attn_core.catalog import Catalog, DeviceCatalog, Installed
 from attn_core.domain import OneOf
 from attn_core.errors import AttnCoreError
 from attn_core.resolve import resolve
-from attn_core.runtime import BoundGroup
+from attn_core.runtime import BoundGroup, KVCache
 from attn_core.runtime.backend import bind_decision
 from attn_core.spec import AttentionSpec, BackendSpec, Constraint, Device, EngineOptions
 from attn_core.testing import reference
@@ -76,6 +76,8 @@ class Case:
     ulps: float = 2.0
     mla_query: str | None = None
     """Pins what no option pins: q ``packed`` or ``split``."""
+    plain: Callable[[KVCache], KVCache] = lambda cache: cache
+    """A cache of a private layout as one that the reference reads."""
 
     @property
     def model(self) -> AttentionSpec:
@@ -182,7 +184,8 @@ def _wanted(made: Step, case: Case) -> tuple[Tensor, Tensor]:
     """The reference's answer, on the cache as it is after the new keys were written."""
     if made.k is not None and made.cache is not None:
         made.group.write_kv(made.k, made.v, made.cache, made.plan)
-    rounded = replace(made, q=_rounded(made.q, case.q_dtype))
+    cache = None if made.cache is None else case.plain(made.cache)
+    rounded = replace(made, q=_rounded(made.q, case.q_dtype), cache=cache)
     return rounded.want()
 
 

@@ -22,16 +22,19 @@ Answer = Callable[[SimpleNamespace], Any]
 class StandIn:
     """One vendor package. ``calls`` holds (name, parameters) of everything that was called, in order."""
 
-    def __init__(self, contract: str, answers: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, contract: str | Contract, answers: Mapping[str, Any], values: Mapping[str, Any] | None = None
+    ) -> None:
         """``answers``: dotted name of the contract -> function of one namespace, or for a class a class whose methods
         take one; a function without an answer can be imported and raises when called. ``values``: dotted names of
         module attributes that are no functions."""
-        self.contract = Contract.load(contract)
+        self.contract = Contract.load(contract) if isinstance(contract, str) else contract
         self.answers = answers
         self.values = values or {}
         self.calls: list[tuple[str, SimpleNamespace]] = []
-        if unknown := set(answers) - set(self.contract.functions):
-            raise ValueError(f"{contract}: answers to functions that the contract lacks: {sorted(unknown)}")
+        owners = {n.rpartition(".")[0] for n, f in self.contract.functions.items() if f.kind == "method"}
+        if unknown := set(answers) - set(self.contract.functions) - owners:
+            raise ValueError(f"{self.contract.name}: answers to functions that the contract lacks: {sorted(unknown)}")
 
     def last(self, name: str) -> SimpleNamespace:
         """Parameters of the last call of the function whose dotted name ends with ``name``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attn_core.hookspecs import hookimpl
-from attn_core.spec import BackendSpec, Device, PlatformSpec
+from attn_core.spec import BackendSpec, Constraint, Device, PlatformSpec
 from attn_plugin_ascend import backends, platform, probe
 
 __version__ = "0.1.0"
@@ -28,3 +28,8 @@ def attn_probe_devices() -> Iterable[Device]:
 @hookimpl
 def attn_backends(device: Device) -> Iterable[BackendSpec]:
     return backends.ROWS if device.platform == platform.PLATFORM.name else ()
+
+
+@hookimpl
+def attn_constraints(device: Device) -> Iterable[Constraint]:
+    return backends.RULES if device.platform == platform.PLATFORM.name else ()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attn_core.domain import ANY, MultipleOf, OneOf
-from attn_core.spec import BackendSpec, Requirement, Tier
+from attn_core.spec import BackendSpec, Constraint, Requirement, Tier
 
 TORCH_NPU = Requirement(
     "torch-npu>=2.10",
@@ -27,6 +27,8 @@ ATB = Requirement(
 )
 ENCODER = OneOf("piecewise", "none", "decode")
 """Encoders are in no decode step, so graphs of those are no trouble."""
+GRAPH = OneOf("decode", "piecewise", "none")
+"""Of decode steps, the lengths in them renewed each step; never of prefill, whose number of queries would stay."""
 
 
 def table(evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[BackendSpec, ...]:
@@ -40,8 +42,7 @@ def table(evidence: str, roles: Mapping[str, Mapping[str, Any]], **more: Any) ->
 
 
 # ---- fused infer attention (A2, A3, A5) ------------------------------------------------------------------------------
-# Lengths are host lists, baked into a captured task: a graph would replay old ones unless every launch is issued again
-# each step. That is not offered until it has run on an NPU.
+# Lengths are host lists, baked into a captured task: kernels/launches.py issues every launch again each step.
 
 _FIA_ANY = {
     "dtype": ["bfloat16", "float16"], "device.arch": ["910b", "910c", "950"], "num_heads": MultipleOf(1, max=256),
@@ -50,12 +51,13 @@ _FIA_ANY = {
 _FIA_PAGED = {
     **_FIA_ANY, "attn_type": ["decoder", "cross"], "unequal_v": True,
     "head_dims": [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)], "sliding_window": True, "sinks": True,
-    "page_size": [128], "kv_layout": ["NHD", "HND"], "graph": ["piecewise", "none"],
+    "page_size": [128], "kv_layout": ["NHD", "HND"], "graph": GRAPH,
 }  # fmt: skip
 _FIA_BIND = "attn_plugin_ascend.kernels.fia:bind"
 _FIA = (
     "op-plugin npu_fused_infer_attention_score.md (widths, 64 queries a head, v2 learnable_sink); vllm-ascend "
-    "attention_v1.py (page 128), issue 9632 (64, 128 and 192 in TND); SGLang ascend_backend.py (256/256, cross)"
+    "attention_v1.py (page 128; graphs: full_graph_fia), issue 9632 (64, 128 and 192 in TND); SGLang ascend_backend.py "
+    "(256/256, cross)"
 )
 
 # ---- MLA -------------------------------------------------------------------------------------------------------------
@@ -63,17 +65,21 @@ _FIA = (
 
 _MLA_ANY = {
     "kind": "mla", "dtype": ["bfloat16"], "device.arch": ["910b", "910c"], "unequal_v": True, "custom_scale": True,
-    "page_size": [128], "kv_layout": ["MLA_SPLIT"], "graph": ["piecewise", "none"],
+    "page_size": [128], "kv_layout": ["MLA_SPLIT"], "graph": GRAPH,
 }  # fmt: skip
 
 # ---- 310P ------------------------------------------------------------------------------------------------------------
-# ATB's older kernels on caches in the NZ (fractal) format, which has its own writer. float16 only.
+# ATB's older kernels on caches in the NZ (fractal) format, which has its own writer. float16 only; no window, no sinks,
+# no LSE. Key lengths are read on the device, so captured decode steps need nothing but fixed addresses.
 
 _ATB = {
-    "dtype": ["float16"], "device.arch": ["310p"], "head_dim": [64, 128], "page_size": [128],
-    "kv_layout": ["ASCEND_NZ"],
+    "dtype": ["float16"], "device.arch": ["310p"], "head_dim": MultipleOf(16, min=16, max=128), "custom_scale": True,
+    "page_size": [128], "kv_layout": ["ASCEND_NZ"], "max_num_seqs": MultipleOf(1, max=2048), "graph": GRAPH,
 }  # fmt: skip
-_ATB_SOURCE = "torch_npu op_plugin/atb/_atb_ops.py; vllm-ascend (310P: NZ caches); SGLang (head_dim up to 128)"
+_ATB_SOURCE = (
+    "op-plugin _atb_api_docs.py (inference products: float16, batch up to 2048, NZ caches, widths of 16, page * width "
+    "up to 128 * 128); vllm-ascend _310p/attention/attention_v1.py, _310p/model_runner_310p.py (graphs)"
+)
 
 ROWS = (
     *table(
@@ -118,7 +124,7 @@ ROWS = (
         {
             "kv_write": {
                 "dtype": ["bfloat16", "float16"], "device.arch": ["910b", "910c", "950"], "head_dim": ANY,
-                "unequal_v": True, "page_size": [128], "kv_layout": ["NHD"],
+                "unequal_v": True, "page_size": [128], "kv_layout": ["NHD"], "graph": GRAPH,
             }
         },
         needs={"cube_bf16"},
@@ -126,15 +132,28 @@ ROWS = (
         bind="attn_plugin_ascend.kernels.kv_write:bind",
     ),
     *table(
-        f"{_ATB_SOURCE}: _npu_flash_attention_qlens, _npu_paged_attention",
-        {"prefill": _ATB, "decode": _ATB},
+        f"{_ATB_SOURCE}; op-plugin test_atb_paged_attention_splitfuse_v2.py (on 310P)",
+        {"prefill": _ATB, "decode": {**_ATB, "verify_width": MultipleOf(1)}},
         needs={"cube"},
         requires=(ATB,),
+        bind="attn_plugin_ascend.kernels.atb:bind",
     ),
     *table(
-        f"{_ATB_SOURCE}: npu_scatter_pa_kv_cache (cache_mode PA_NZ)",
-        {"kv_write": {**_ATB, "head_dim": ANY}},
+        "op-plugin ReshapeAndCachAtb.cpp (NZ by the cache's format); vllm-ascend device_op.py (310P)",
+        {"kv_write": {k: v for k, v in _ATB.items() if k not in ("custom_scale", "max_num_seqs")}},
         needs={"cube"},
-        requires=(TORCH_NPU,),
+        requires=(ATB,),
+        bind="attn_plugin_ascend.kernels.kv_write:bind_nz",
     ),
 )  # fmt: skip
+
+RULES = tuple(
+    Constraint(
+        name=f"ascend-950-{role}-graph",
+        when={role: "ascend", "device.arch": "950"},
+        then={"graph": ["piecewise", "none"]},
+        because="torch_npu documents the renewal of captured launches for A2 and A3 only",
+        evidence="op-plugin torch_npu-npu-graph_task_group_begin.md (products)",
+    )
+    for role in ("decode", "prefill")
+)

@@ -9,12 +9,15 @@ Masks: causality is ``sparse_mode=3``, aligned to the bottom right; a window is 
 counts the keys before the query's own (its page; SGLang passes W - 1, vllm-ascend W: one of them is off by one). Both
 want one mask of 2048 x 2048 whatever the sizes. Neither wants anything else: encoders and cross attention have mode 0.
 
+Decode steps may be captured: their lists are in the graph then, and ``launches`` renews them.
+
 Sources: op-plugin npu_fused_infer_attention_score.md and _v2.md (517f2e7); vllm-ascend 182b75e attention_v1.py,
 mla_v1.py; SGLang 0.5.23 ascend_backend.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -22,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import blind_tokens, load
+from attn_core.adapters import blind_tokens, load, refilled
 from attn_core.errors import BadInputError
 from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_ascend.backends import TORCH_NPU
+from attn_plugin_ascend.kernels.launches import Launches, runtime
 
 MASK_SIZE = 2048
 ALL = 2147483647
@@ -55,24 +59,44 @@ V2 = Names(
 """Has sinks, and is what engines call for MLA."""
 
 
-class Lists:
-    """One role's rows of one step: the keywords that change from step to step."""
+class Rows:
+    """One role's rows of one step over keys in memory."""
 
-    __slots__ = ("blind", "changing")
+    __slots__ = ("_names", "blind", "changing")
 
     changing: dict[str, Any]
+    """The keywords that change from step to step."""
     blind: Tensor | None
     """Tokens of rows without keys, int64, on the device; None where every row has some."""
 
-    def fill(self, batch: Batch, names: Names, *, paged: bool) -> None:
-        self.blind = None
-        self.changing = {names.query_lens: batch.cu_query_lens[1:].tolist()}
-        if paged:
-            self.changing[names.key_lens] = batch.kv_lens.tolist()
-            self.changing["block_table"] = batch.block_table
-        else:
-            self.changing[names.key_lens] = batch.cu_kv_lens[1:].tolist()
-            self.blind = blind_tokens(batch)
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def fill(self, batch: Batch) -> None:
+        query_lens, key_lens = batch.cu_query_lens[1:].tolist(), batch.cu_kv_lens[1:].tolist()
+        self.changing = {self._names.query_lens: query_lens, self._names.key_lens: key_lens}
+        self.blind = blind_tokens(batch)
+
+
+class Pages:
+    """One role's rows of one step over pages; filling it issues again what graphs captured on its plan."""
+
+    __slots__ = ("_names", "changing", "launches")
+
+    changing: dict[str, Any]
+    """The keywords that change from step to step."""
+
+    def __init__(self, names: Names, launches: Launches | None) -> None:
+        self._names, self.launches = names, launches
+
+    def fill(self, batch: Batch) -> None:
+        table: Any = batch.block_table
+        query_lens, key_lens = batch.cu_query_lens[1:].tolist(), batch.kv_lens.tolist()
+        if self.launches is not None:
+            table = self.launches.table(table)
+        self.changing = {self._names.query_lens: query_lens, self._names.key_lens: key_lens, "block_table": table}
+        if self.launches is not None:
+            self.launches.again(self.changing)
 
 
 def fixed(b: Binding, names: Names) -> dict[str, Any]:
@@ -80,6 +104,8 @@ def fixed(b: Binding, names: Names) -> dict[str, Any]:
     given: dict[str, Any] = {
         names.heads: b.num_heads, names.scale: b.scale, "num_key_value_heads": b.num_kv_heads, "input_layout": "TND",
     }  # fmt: skip
+    if b.page_size is not None:
+        given["block_size"] = b.page_size
     if not b.spec.causal:
         return {**given, "sparse_mode": 0}
     above = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8, device=b.torch_device).triu_(1)
@@ -90,26 +116,57 @@ def fixed(b: Binding, names: Names) -> dict[str, Any]:
 
 def bind(b: Binding) -> Kernels:
     names = V2 if b.spec.sinks or b.form == "absorbed" else V1
-    attend = load(TORCH_NPU, "torch_npu", names.operator)
     if b.form == "absorbed":
-        return _absorbed(b, names, attend)
+        return _absorbed(b, names)
     if b.form == "materialised" or b.kv_layout is None:
-        return _ragged(b, names, attend)
-    return _paged(b, names, attend)
+        return _ragged(b, names)
+    return _paged(b, names)
 
 
 def prepare_sinks(sinks: Tensor) -> Tensor:
     return sinks.to(torch.bfloat16).contiguous()
 
 
-def _paged(b: Binding, names: Names, attend: Any) -> Kernels:
-    step_of, always = attrgetter(b.role), {**fixed(b, names), "block_size": b.page_size}
-    heads_first, lse_flag = b.kv_layout == "HND", names.lse
+def _over_pages(b: Binding, names: Names) -> tuple[Callable[..., Pages], Callable[..., Any]]:
+    """``plan``, and ``launch(step, temporary, lasting, room)`` -> output and LSE.
 
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Lists | None = None) -> Lists:
-        step = Lists() if out is None else out
-        step.fill(batch, names, paged=True)
-        return step
+    ``temporary`` and ``lasting`` are the call's other keywords; ``temporary`` has the query and what else is made for
+    one call. ``room()`` makes the tensor for LSE, which a captured launch fills.
+    """
+    attend, always = load(TORCH_NPU, "torch_npu", names.operator), fixed(b, names)
+
+    def eager(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
+        return attend(**temporary, **lasting, **always, **step.changing)
+
+    if b.role != "decode" or b.graph not in ("decode", "full"):
+        return refilled(lambda capture: Pages(names, None)), eager
+    workspace = load(TORCH_NPU, "torch_npu", f"_{names.operator}_get_max_workspace")
+    npu, weak = runtime()
+    into, capturing, width = attend.out, npu.is_current_stream_capturing, b.v_head_dim
+
+    def launch(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
+        if not capturing():
+            return attend(**temporary, **lasting, **always, **step.changing)
+        if step.launches is None:
+            raise BadInputError(
+                "a graph is being captured on a plan that was made without plan(batch, capture=Capture(...)): its "
+                "lengths would stay in the graph for ever; make a plan with capture= for each graph"
+            )
+        query = temporary["query"]
+        outputs = query.new_empty(*query.shape[:2], width), room()
+        largest = {**step.changing, names.key_lens: step.launches.longest}
+        step.launches.record(into, workspace, outputs, temporary, {**lasting, **always}, step.changing, largest)
+        return outputs
+
+    def make(capture: Capture | None) -> Pages:
+        return Pages(names, None if capture is None else Launches(npu, weak, b.page_size, capture))
+
+    return refilled(make), launch
+
+
+def _paged(b: Binding, names: Names) -> Kernels:
+    step_of, heads_first, lse_flag = attrgetter(b.role), b.kv_layout == "HND", names.lse
+    plan, launch = _over_pages(b, names)
 
     def views(kv_cache: Any) -> tuple[Tensor, Tensor]:
         """HND as it is; NHD as ``(pages, page size, kv heads * width)``."""
@@ -126,21 +183,24 @@ def _paged(b: Binding, names: Names, attend: Any) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         keys, values = kv_cache.memo.get("ascend") or views(kv_cache)
-        more = {lse_flag: return_lse} if sinks is None else {lse_flag: return_lse, "learnable_sink": sinks}
-        o, lse = attend(q.contiguous(), keys, values, **always, **step_of(plan).changing, **more)
+        lasting = {"key": keys, "value": values, lse_flag: return_lse}
+        if sinks is not None:
+            lasting["learnable_sink"] = sinks
+
+        def room() -> Tensor:
+            made: Tensor = q.new_empty(*q.shape[:2], 1, dtype=torch.float32) if return_lse else q.new_empty(1)
+            return made
+
+        o, lse = launch(step_of(plan), {"query": q.contiguous()}, lasting, room)
         return (o, lse.squeeze(-1)) if return_lse else o
 
     return Kernels(plan=plan, call=call, prepare_sinks=prepare_sinks)
 
 
-def _ragged(b: Binding, names: Names, attend: Any) -> Kernels:
+def _ragged(b: Binding, names: Names) -> Kernels:
     """Keys in memory: encoders, and materialised MLA."""
-    step_of, always, lse_flag = attrgetter(b.role), fixed(b, names), names.lse
-
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Lists | None = None) -> Lists:
-        step = Lists() if out is None else out
-        step.fill(batch, names, paged=False)
-        return step
+    attend, always = load(TORCH_NPU, "torch_npu", names.operator), fixed(b, names)
+    step_of, lse_flag = attrgetter(b.role), names.lse
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
@@ -156,26 +216,21 @@ def _ragged(b: Binding, names: Names, attend: Any) -> Kernels:
             o[step.blind], lse[step.blind] = 0, -torch.inf
         return o, lse
 
-    return Kernels(plan=plan, call=call, prepare_sinks=prepare_sinks)
+    return Kernels(plan=refilled(lambda capture: Rows(names)), call=call, prepare_sinks=prepare_sinks)
 
 
-def _absorbed(b: Binding, names: Names, attend: Any) -> Kernels:
+def _absorbed(b: Binding, names: Names) -> Kernels:
     """The latent cache is key and value at once; the rotary parts of q and k go by names of their own. No LSE."""
-    step_of, always = attrgetter(b.role), {**fixed(b, names), "block_size": b.page_size}
-
-    def plan(batch: Batch, *, capture: Capture | None = None, out: Lists | None = None) -> Lists:
-        step = Lists() if out is None else out
-        step.fill(batch, names, paged=True)
-        return step
+    step_of = attrgetter(b.role)
+    plan, launch = _over_pages(b, names)
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         (q_latent, q_rope), (latent, rope) = q, kv_cache.data
-        return attend(
-            q_latent.contiguous(), latent, latent, query_rope=q_rope.contiguous(), key_rope=rope,
-            **always, **step_of(plan).changing,
-        )[0]  # fmt: skip
+        temporary = {"query": q_latent.contiguous(), "query_rope": q_rope.contiguous()}
+        lasting = {"key": latent, "value": latent, "key_rope": rope}
+        return launch(step_of(plan), temporary, lasting, lambda: q_latent.new_empty(q_latent.shape[0]))[0]
 
     return Kernels(plan=plan, call=call)
