@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -40,10 +40,19 @@ class Captured:
     more: dict[str, Any]
     outputs: list[Any]
     generator: torch.Generator
+    given: dict[str, Any] = field(default_factory=dict)
+    """``more`` as the kernels want it."""
 
     @property
     def width(self) -> int:
         return int(self.case.batch.get("decode_width", 1))
+
+    def run(self) -> list[Any]:
+        """Every layer's result."""
+        return [
+            self.group.forward(self.q, self.k, self.v, cache, self.plan, return_lse=self.case.lse, **self.given)
+            for cache in self.caches
+        ]
 
     def inputs(self) -> None:
         """New inputs where the graph reads them."""
@@ -86,15 +95,31 @@ class Captured:
         return found
 
 
-def capture(
+def capture(rows: Rows, case: Case, npu: StandIn, place: str = "cpu", **more: Any) -> Captured:
+    """One graph of one group, see ``prepare``."""
+    made = prepare(rows, case, npu, place, **more)
+    record(npu, made, place=place)
+    return made
+
+
+def record(npu: StandIn, *groups: Captured, place: str = "cpu") -> None:
+    """Capture the layers of all ``groups`` in one graph, which they share then."""
+    with installed(npu):
+        graphs: ModuleType = importlib.import_module("torch_npu.npu.graphs")
+        streams: ModuleType = importlib.import_module("torch_npu.npu")
+    graph = graphs.NPUGraph()
+    with graphs.graph(graph, stream=streams.Stream(device=place)):
+        for made in groups:
+            made.graph, made.outputs = graph, made.run()
+
+
+def prepare(
     rows: Rows, case: Case, npu: StandIn, place: str = "cpu", seed: int = 0, layers: int = 2,
     group: BoundGroup | None = None,
 ) -> Captured:  # fmt: skip
-    """Bind (unless ``group`` is), warm up, and capture a step of dummies: one row of one page, the rest padding."""
+    """Bind (unless ``group`` is), plan a step of dummies (one row of one page, the rest padding), and warm up."""
     with installed(npu):
         group = group or bound(rows, replace(case, options={"graph": "decode", **case.options}), place)
-        graphs: ModuleType = importlib.import_module("torch_npu.npu.graphs")
-        streams: ModuleType = importlib.import_module("torch_npu.npu")
     g, s = torch.Generator().manual_seed(seed), group.spec
     width, dtype = int(case.batch.get("decode_width", 1)), DTYPES[s.dtype]
     tokens = ROOM * width
@@ -114,20 +139,14 @@ def capture(
     more = extras(s, Lengths([1], [1]), g)
     if "sinks" in more:
         more["sinks"] = more["sinks"].to(dtype).float()
-    given = {n: group.prepare_sinks(t.to(place)) for n, t in more.items()}
     made = Captured(group, case, None, group.plan(
         Batch([width], [width], block_table=torch.ones(1, 1, dtype=torch.int32, device=place),
               slot_mapping=torch.arange(128, 128 + width, device=place), **case.batch),
         capture=Capture(max_seqs=ROOM, decode_width=width, max_kv_len=LONGEST),
     ), q, k, v, caches, more, [], g)  # fmt: skip
 
-    def run() -> list[Any]:
-        return [group.forward(q, k, v, c, made.plan, return_lse=case.lse, **given) for c in caches]
-
-    run()  # as engines warm up
-    made.graph = graphs.NPUGraph()
-    with graphs.graph(made.graph, stream=streams.Stream(device=place)):
-        made.outputs = run()
+    made.given.update({n: group.prepare_sinks(t.to(place)) for n, t in more.items()})
+    made.run()
     return made
 
 

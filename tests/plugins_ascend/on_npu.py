@@ -32,7 +32,7 @@ CASES_310P = [
 def replay(rows: Rows, case: Case) -> None:
     """A graph on each device, filled before any is replayed."""
     npu = ascend_npu.stand_in("npu:0")
-    made = [captured.capture(rows, case, npu, place, seed) for seed, place in enumerate(("npu:0", "npu:1"))]
+    made = [captured.capture(rows, case, npu, place, seed=seed) for seed, place in enumerate(("npu:0", "npu:1"))]
     for lengths in captured.STEPS[:2]:
         batches = [m.fill(lengths) for m in made]
         for m in made:

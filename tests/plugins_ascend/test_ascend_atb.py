@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attn_core import BadInputError, Batch, NoBackendError
+from attn_core.errors import MissingKernelError
 from attn_core.runtime import KVCache, wrap_kv_cache
 from attn_core.runtime.plan import ContextChunk
 from simulators import ascend_npu
@@ -34,7 +35,7 @@ from simulators.isolation import check_isolation, check_two_devices
 from simulators.standin import installed
 
 ROWS = rows_of("ascend", device("ascend", "310p"), "ascend")
-ATB, WRITE, NZ = (f"attn_plugin_ascend.kernels.{name}" for name in ("atb", "kv_write", "nz"))
+ATB, WRITE, NZ, NNAL = (f"attn_plugin_ascend.kernels.{name}" for name in ("atb", "kv_write", "nz", "nnal"))
 
 
 def plain(heads: int) -> Callable[[KVCache], KVCache]:
@@ -163,6 +164,20 @@ def test_caches_in_other_formats_are_refused():
     assert not cache_refusals()
 
 
+def without_nnal() -> list[str]:
+    """ATB's names exist without the library behind them; binding must find out, so that core can decide again."""
+    try:
+        with installed(ascend_npu.stand_in(nnal=False)):
+            bound(ROWS, GRID[0])
+    except MissingKernelError as e:
+        return [] if "libatb.so" in str(e) else [str(e)]
+    return ["bound without NNAL"]
+
+
+def test_nnal_is_looked_for():
+    assert not without_nnal()
+
+
 def padding() -> list[str]:
     """Two rows of padding (slot -1) beside one real key, then the key read back."""
     with installed(ascend_npu.stand_in()):
@@ -212,6 +227,7 @@ def test_two_devices():
 
 
 def everything() -> Iterator[Any]:
+    yield without_nnal
     yield padding
     yield cache_refusals
     yield from attempts(ROWS, [*reversed(GRID)], make)
@@ -244,6 +260,7 @@ MUTATIONS = [
     Mutation("pages of the batch in a graph", ATB, '"block_table": self.table', '"block_table": batch.block_table'),
     Mutation("no capture in the step", ATB, "Step(page_size, capture, single", "Step(page_size, None, single"),
     Mutation("padding rows with too few keys", ATB, "self.kv_lens.clamp_(min=self.capture.decode_width)", "pass"),
+    Mutation("NNAL not looked for", NNAL, "        register()\n", "        pass\n"),
     Mutation("output never given", ATB, ".changing, out=made)", ".changing, out=made.clone())"),
     Mutation("plain caches", WRITE, '"acl_format": nz.FRACTAL_NZ', '"acl_format": 2'),
     Mutation("another format's number", NZ, "FRACTAL_NZ = 29", "FRACTAL_NZ = 2"),

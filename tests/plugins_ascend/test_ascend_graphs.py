@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from captured import capture, wrong
+from captured import capture, prepare, record, wrong
 from test_ascend_adapters import ROWS
 
 from attn_core import BadInputError, NoBackendError
@@ -67,6 +67,19 @@ def two_plans() -> list[str]:
 
 def test_captured_plans_in_flight():
     assert not two_plans()
+
+
+def test_groups_of_one_model_in_one_graph():
+    """Windowed and full layers have a plan each; filling one does not touch the other's launches."""
+    npu = ascend_npu.stand_in()
+    made = [prepare(ROWS, case, npu, seed=i) for i, case in enumerate((GRID[0], GRID[4]))]
+    record(npu, *made)
+    for lengths in ((9, 130), (1, 2, 257)):
+        batches = [m.fill(lengths) for m in made]
+        for m in made:
+            m.inputs()
+        made[0].replay()
+        assert not [w for m, batch in zip(made, batches) for w in m.wrong(batch)]
 
 
 def refusals() -> list[str]:

@@ -31,27 +31,36 @@ NOT_MODELLED = ("pse_shift", "quant_scale1", "quant_scale2", "antiquant_scale", 
 
 
 class Npu(StandIn):
-    """``world`` holds the streams and graphs."""
+    """``world`` holds the streams and graphs. ``nnal=False``: ATB's library is not installed."""
 
-    def __init__(self, home: str = "cpu") -> None:
+    def __init__(self, home: str = "cpu", *, nnal: bool = True) -> None:
         self.world = World(home)
         npu, atb, kernel = "torch.ops.npu", "torch.ops.atb", self.world.kernel
+        kernel_atb = kernel if nnal else no_nnal
         super().__init__(FACTS, {
             V1: kernel(v1), V2: kernel(v2), f"{V1}.out": kernel(into(v1)), f"{V2}.out": kernel(into(v2)),
             SCATTER: kernel(scatter, writes=True),
             f"{npu}._npu_fused_infer_attention_score_get_max_workspace": room,
             f"{npu}._npu_fused_infer_attention_score_v2_get_max_workspace": room,
-            f"{atb}._npu_paged_attention": kernel(ascend_atb.paged_attention),
-            f"{atb}._npu_paged_attention_splitfuse_v2": kernel(ascend_atb.splitfuse),
-            f"{atb}._npu_reshape_and_cache": kernel(ascend_atb.reshape_and_cache, writes=True),
+            "torch_npu.op_plugin.atb._atb_ops._register_atb_extensions": (lambda a: None) if nnal else no_nnal(),
+            f"{atb}._npu_paged_attention": kernel_atb(ascend_atb.paged_attention),
+            f"{atb}._npu_paged_attention_splitfuse_v2": kernel_atb(ascend_atb.splitfuse),
+            f"{atb}._npu_reshape_and_cache": kernel_atb(ascend_atb.reshape_and_cache, writes=True),
             f"{npu}.empty_with_format": ascend_atb.empty_with_format,
             f"{npu}.get_npu_format": ascend_atb.get_npu_format,
             **self.world.answers(),
         })  # fmt: skip
 
 
-def stand_in(home: str = "cpu") -> Npu:
-    return Npu(home)
+def stand_in(home: str = "cpu", *, nnal: bool = True) -> Npu:
+    return Npu(home, nnal=nnal)
+
+
+def no_nnal(*_: Any, **__: Any) -> Any:
+    def missing(a: SimpleNamespace) -> None:
+        raise OSError("Please check that the nnal package is installed.")
+
+    return missing
 
 
 def into(answer: Any) -> Any:

@@ -86,6 +86,15 @@ def test_quirk_atb_writes_into_out(npu):
         npu._npu_paged_attention(**given(npu, out=torch.empty(4, 2, 32).half().transpose(0, 1)))
 
 
+def test_quirk_atb_names_exist_without_nnal():
+    with installed(ascend_npu.stand_in(nnal=False)):
+        npu, ops = (importlib.import_module(n) for n in ("torch_npu", "torch_npu.op_plugin.atb._atb_ops"))
+        assert npu._npu_paged_attention
+        for call in (lambda: npu._npu_paged_attention(**given(npu)), ops._register_atb_extensions):
+            with pytest.raises(OSError, match="nnal"):
+                call()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"query": torch.zeros(2, 4, 32)}, {"num_heads": 2}, {"num_kv_heads": 3},

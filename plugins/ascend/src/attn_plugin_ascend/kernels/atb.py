@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import Paged, load, refilled
+from attn_core.adapters import Paged, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
-from attn_plugin_ascend.backends import ATB
 from attn_plugin_ascend.kernels import nz
+from attn_plugin_ascend.kernels.nnal import atb
 
 MASK_SIZE = 2048
 MASKED = -10000.0
@@ -55,7 +55,7 @@ def bind(b: Binding) -> Kernels:
     step_of, page_size, pages = attrgetter(b.role), b.page_size or 0, nz.pages_of(b)
     always: dict[str, Any] = {"num_heads": b.num_heads, "num_kv_heads": b.num_kv_heads, "scale_value": b.scale}
     single = b.role == "decode" and b.options.verify_width == 1
-    attend = load(ATB, "torch_npu", "_npu_paged_attention" if single else "_npu_paged_attention_splitfuse_v2")
+    attend = atb("_npu_paged_attention" if single else "_npu_paged_attention_splitfuse_v2")
     if not single:
         ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.float16, device=b.torch_device)
         always |= {"mask": ones.triu_(1).mul_(MASKED), "mask_type": NORM_COMPRESS}

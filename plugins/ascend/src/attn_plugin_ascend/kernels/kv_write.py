@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_core.adapters import load, refilled
+from attn_core.adapters import load
 from attn_core.backends.torch_native import kv_write as core
 from attn_core.runtime import Batch, Binding, Capture, Kernels
-from attn_plugin_ascend.backends import ATB, TORCH_NPU
+from attn_plugin_ascend.backends import TORCH_NPU
 from attn_plugin_ascend.kernels import nz
+from attn_plugin_ascend.kernels.nnal import atb
 
 
 class Slots:
@@ -47,10 +48,11 @@ class Slots:
 
 
 def plan(batch: Batch, *, capture: Capture | None = None, out: Slots | None = None) -> Slots | None:
-    return None if batch.slot_mapping is None else fill(batch, capture=capture, out=out)
-
-
-fill = refilled(Slots)
+    if batch.slot_mapping is None:
+        return None
+    step = Slots(capture) if out is None else out
+    step.fill(batch)
+    return step
 
 
 def rows(k: Tensor, v: Tensor, step: Slots) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,7 @@ def bind(b: Binding) -> Kernels:
 
 def bind_nz(b: Binding) -> Kernels:
     """ASCEND_NZ, see ``nz``."""
-    put = load(ATB, "torch_npu", "_npu_reshape_and_cache")
+    put = atb("_npu_reshape_and_cache")
     make, pages = load(TORCH_NPU, "torch_npu", "empty_with_format"), nz.pages_of(b)
     heads, page_size, shapes = b.num_kv_heads, b.page_size or 0, nz.shapes(b)
 
