@@ -146,7 +146,7 @@ def _over_pages(b: Binding, names: Names) -> tuple[Callable[..., Pages], Callabl
 
     def launch(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
         if not capturing():
-            return attend(**temporary, **lasting, **always, **step.changing)
+            return eager(step, temporary, lasting, room)
         if step.launches is None:
             raise BadInputError(
                 "a graph is being captured on a plan that was made without plan(batch, capture=Capture(...)): its "
