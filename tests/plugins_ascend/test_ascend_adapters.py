@@ -146,7 +146,7 @@ MUTATIONS = [
     Mutation("cumulative lengths over pages", FIA, "batch.kv_lens.tolist()", "batch.cu_kv_lens[1:].tolist()"),
     Mutation("plain lengths over rows", FIA, "batch.cu_kv_lens[1:].tolist()", "batch.kv_lens.tolist()"),
     Mutation("lengths on the device", FIA, "batch.kv_lens.tolist()", "batch.kv_lens_device"),
-    Mutation("page size left out", FIA, 'given["block_size"] = b.page_size', "pass"),
+    Mutation("page size left out", FIA, ', "block_size": b.page_size}', "}"),
     Mutation("sinks dropped", FIA, 'lasting["learnable_sink"] = sinks', "pass"),
     Mutation("sinks in float32", FIA, "sinks.to(torch.bfloat16)", "sinks.to(torch.float32)"),
     Mutation("sinks to the version without", FIA, "V2 if b.spec.sinks or", "V2 if"),

@@ -104,8 +104,6 @@ def fixed(b: Binding, names: Names) -> dict[str, Any]:
     given: dict[str, Any] = {
         names.heads: b.num_heads, names.scale: b.scale, "num_key_value_heads": b.num_kv_heads, "input_layout": "TND",
     }  # fmt: skip
-    if b.page_size is not None:
-        given["block_size"] = b.page_size
     if not b.spec.causal:
         return {**given, "sparse_mode": 0}
     above = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8, device=b.torch_device).triu_(1)
@@ -133,7 +131,8 @@ def _over_pages(b: Binding, names: Names) -> tuple[Callable[..., Pages], Callabl
     ``temporary`` and ``lasting`` are the call's other keywords; ``temporary`` has the query and what else is made for
     one call. ``room()`` makes the tensor for LSE, which a captured launch fills.
     """
-    attend, always = load(TORCH_NPU, "torch_npu", names.operator), fixed(b, names)
+    attend = load(TORCH_NPU, "torch_npu", names.operator)
+    always = {**fixed(b, names), "block_size": b.page_size}
 
     def eager(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
         return attend(**temporary, **lasting, **always, **step.changing)
