@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from simulators import cuda_flashinfer, cuda_flashinfer_common, test_cuda_flashinfer_kernels
+from simulators import cuda_flashinfer, cuda_flashinfer_common, test_cuda_allreduce, test_cuda_flashinfer_kernels
 from simulators.contract import Contract, Misuse, Refused
 from simulators.standin import installed
 
@@ -59,7 +59,8 @@ def latent(fi, **plan):
 
 
 def test_every_quirk_has_a_test():
-    tested = {n[11:] for n in {**globals(), **vars(test_cuda_flashinfer_kernels)} if n.startswith("test_quirk_")}
+    names = [*globals(), *vars(test_cuda_flashinfer_kernels), *vars(test_cuda_allreduce)]
+    tested = {n[11:] for n in names if n.startswith("test_quirk_")}
     assert tested == set(Contract.load("flashinfer").quirks)
 
 

@@ -46,6 +46,7 @@ def backends(device: Device) -> Iterator[BackendSpec]:
         platform=platform,
         tier=Tier.REFERENCE,
         accepts={"dtype": DTYPES, "deterministic": True, "graph": ANY},
+        bind="attn_core.backends.allreduce:bind",
         evidence="all-reduce and normalisation run one after the other, as without any fusion",
     )
     for role in ("linear_prefill", "linear_decode"):

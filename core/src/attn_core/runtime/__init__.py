@@ -1,9 +1,11 @@
 """The runtime contract: batches, caches, plans and bound kernels. The first layer that imports torch.
 
 An engine meets ``AttentionBackend`` and ``BoundGroup`` (functions to call), ``Batch``, ``KVCache``, ``Plan`` and
-``Capture`` (what they take). A plugin's ``bind`` meets ``Binding`` and ``Kernels``.
+``Capture`` (what they take). A plugin's ``bind`` meets ``Binding`` and ``Kernels``; for ``allreduce_fusion``
+``AllReduceBinding`` and ``AllReduceKernel``, and engines ``AllReduceFusion``.
 """
 
+from attn_core.runtime.allreduce import AllReduceBinding, AllReduceFusion, AllReduceKernel
 from attn_core.runtime.backend import AttentionBackend, SeveralGroupsError
 from attn_core.runtime.batch import Batch
 from attn_core.runtime.binding import Binding, Kernels
@@ -15,6 +17,9 @@ from attn_core.runtime.plan import Capture, ContextChunk, Plan
 
 __all__ = [
     "KV_DTYPES",
+    "AllReduceBinding",
+    "AllReduceFusion",
+    "AllReduceKernel",
     "AttentionBackend",
     "Batch",
     "Binding",

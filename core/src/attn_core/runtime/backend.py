@@ -10,6 +10,7 @@ import torch
 
 from attn_core.errors import AttnCoreError, BadInputError, BindError
 from attn_core.runtime.adapt import Attend
+from attn_core.runtime.allreduce import AllReduceFusion, bind_allreduce
 from attn_core.runtime.bound import DELEGATED, BoundGroup, bind_group
 from attn_core.runtime.cache import KVCache
 from attn_core.runtime.plan import Plan
@@ -40,10 +41,11 @@ class AttentionBackend:
     new_kv_cache: Callable[..., KVCache]
     merge_state: Callable[..., Any]
 
-    def __init__(self, *, decision: Decision, groups: Mapping[str, BoundGroup]) -> None:
+    def __init__(self, *, decision: Decision, groups: Mapping[str, BoundGroup], rank: int = 0) -> None:
         if not groups:
             raise BindError("AttentionBackend: the model has no attention group to bind; the engine runs all of it")
         self.decision = decision
+        self.rank = rank
         self.groups: Mapping[str, BoundGroup] = MappingProxyType(dict(groups))
         for name, group in self.groups.items():
             _check_shared_cache(name, group, self.groups)
@@ -64,6 +66,22 @@ class AttentionBackend:
                 f"{', '.join(self.groups)}"
             )
         return self.groups[name]
+
+    def allreduce_fusion(
+        self, process_group: Any = None, *, hidden_size: int, max_tokens: int, dtype: torch.dtype | None = None
+    ) -> AllReduceFusion:
+        """Bind the model's ``allreduce_fusion``: all-reduce, residual and RMS norm, with memory that ranks share.
+
+        ``process_group``: the tensor-parallel ranks (None: torch's default group; with one rank none is needed). Every
+        rank calls this, for steps of up to ``max_tokens`` rows of ``hidden_size`` in ``dtype`` (None: the first
+        group's). Close what is returned, on every rank, before the process group goes away.
+        Raises :class:`BindError`, :class:`MissingKernelError` and :class:`BadInputError`.
+        """
+        first = next(iter(self.groups.values()))
+        return bind_allreduce(
+            self.decision, first.torch_device, rank=self.rank, process_group=process_group, hidden_size=hidden_size,
+            max_tokens=max_tokens, dtype=getattr(torch, first.spec.dtype) if dtype is None else dtype,
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> NoReturn:
         """Only reached for names that are not set."""
@@ -104,7 +122,7 @@ def bind_decision(decision: Decision, torch_device: str, *, rank: int = 0) -> At
         groups[name] = bind_group(
             name, spec, chosen.choices, values, options, device, torch.device(torch_device), alibi_slopes=slopes
         )
-    return AttentionBackend(decision=decision, groups=groups)
+    return AttentionBackend(decision=decision, groups=groups, rank=rank)
 
 
 def _check_shared_cache(name: str, group: BoundGroup, groups: Mapping[str, BoundGroup]) -> None:

@@ -130,17 +130,19 @@ def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
             variants={"xqa": EVERY_STEP},
             **tuned,
         ),
-        # Compiled for majors 9, 10 and 12; its workspace holds 2 to 16 ranks. Not bound: it is no attention call, and
-        # its workspace needs the engine's process group.
+        # Compiled for majors 9, 10 and 12. Kernels exist for 2, 4, 8 and 16 ranks, but the rule that chooses one or two
+        # rounds of messages knows 2, 4 and 8.
         *table(
             "flashinfer",
-            "FI jit/comm.py:47,182,198,406; sglang PR 18758",
+            "FI jit/comm.py:47,182,198,406, comm/trtllm_ar.py:712, trtllm_allreduce_fusion.cuh:1709,1936; "
+            "sglang PR 18758",
             {
                 "allreduce_fusion": {
                     "dtype": HALF, "device.arch": ["sm_90", "sm_100", "sm_103", "sm_120", "sm_121"],
-                    "world_size": MultipleOf(1, min=2, max=16), "graph": CAPTURED,
+                    "tensor_parallel": [2, 4, 8], "graph": CAPTURED,
                 }
             },
+            bind=f"{KERNELS}.allreduce:bind",
             **tuned,
         ),
     )  # fmt: skip
