@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attn_core.runtime.allreduce import AllReduceBinding, AllReduceKernel
+from attn_core.runtime.binding import AllReduceBinding, AllReduceKernel
 
 
 def bind(b: AllReduceBinding) -> AllReduceKernel:

@@ -5,10 +5,10 @@ An engine meets ``AttentionBackend`` and ``BoundGroup`` (functions to call), ``B
 ``AllReduceBinding`` and ``AllReduceKernel``, and engines ``AllReduceFusion``.
 """
 
-from attn_core.runtime.allreduce import AllReduceBinding, AllReduceFusion, AllReduceKernel
+from attn_core.runtime.allreduce import AllReduceFusion
 from attn_core.runtime.backend import AttentionBackend, SeveralGroupsError
 from attn_core.runtime.batch import Batch
-from attn_core.runtime.binding import Binding, Kernels
+from attn_core.runtime.binding import AllReduceBinding, AllReduceKernel, Binding, Kernels
 from attn_core.runtime.bound import BoundGroup, bind_group
 from attn_core.runtime.cache import KV_DTYPES, KVCache, wrap_kv_cache
 from attn_core.runtime.merge import merge_state

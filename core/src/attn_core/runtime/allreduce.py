@@ -3,49 +3,17 @@ the normalisation after it, as one call."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 
-from attn_core.errors import BadInputError, BindError, MissingKernelError
-from attn_core.spec import Decision, Device, EngineOptions
+from attn_core.errors import BadInputError
+from attn_core.runtime.bind import call_bind
+from attn_core.runtime.binding import AllReduceBinding, AllReduceKernel
+from attn_core.spec import Decision
 
 ROLE = "allreduce_fusion"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AllReduceBinding:
-    """All that a kernel of the role can know before the first step."""
-
-    backend: str
-    dtype: torch.dtype
-    rank: int
-    """Of ``world_size`` ranks: the tensor-parallel ones, which hold parts of the same layer."""
-    world_size: int
-    process_group: Any
-    """``torch.distributed`` group of those ranks; None: the default group, or with one rank none at all."""
-    hidden_size: int
-    max_tokens: int
-    graph: str
-    options: EngineOptions
-    device: Device
-    torch_device: torch.device
-
-
-@dataclass(frozen=True)
-class AllReduceKernel:
-    """What a ``bind`` of the role returns.
-
-    ``call(x, residual, weight, eps, out, residual_out)`` writes ``out`` and ``residual_out``, which may be ``residual``
-    itself, and may overwrite ``x``. ``close()`` gives back what is shared with other ranks.
-    """
-
-    call: Callable[[Any, Any, Any, float, Any, Any], None]
-    close: Callable[[], None]
 
 
 class AllReduceFusion:
@@ -120,21 +88,7 @@ def bind_allreduce(
         hidden_size=hidden_size, max_tokens=max_tokens, graph=decision.values.get("graph", "none"),
         options=decision.options, device=decision.device, torch_device=torch_device,
     )  # fmt: skip
-    who = f"backend {choice.backend!r}, role {ROLE}"
-    if choice.bind is None:
-        raise BindError(f"{who}: the row names no bind function, so the engine runs it with kernels of its own")
-    try:
-        module, _, path = choice.bind.partition(":")
-        kernel = reduce(getattr, path.split("."), importlib.import_module(module))(binding)  # type: ignore[operator]
-    except MissingKernelError as e:
-        e.backend = choice.backend
-        raise
-    except Exception as e:
-        raise BindError(f"{who}: bind {choice.bind} failed: {type(e).__name__}: {e}") from e
-    if not isinstance(kernel, AllReduceKernel):
-        raise BindError(
-            f"{who}: bind {choice.bind} returned {type(kernel).__name__}; expected AllReduceKernel(call, close)"
-        )
+    kernel = call_bind(choice.bind, binding, f"role {ROLE}", AllReduceKernel)
     return AllReduceFusion(binding, kernel)
 
 

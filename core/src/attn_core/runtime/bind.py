@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from attn_core.errors import BindError, MissingKernelError
 from attn_core.runtime.adapt import Fit
-from attn_core.runtime.binding import Binding, Kernels
+from attn_core.runtime.binding import AllReduceBinding, AllReduceKernel, Binding, Kernels
 from attn_core.runtime.cache import kv_dtype
 from attn_core.spec import AttentionSpec, Device, EngineOptions
+
+B = TypeVar("B", Binding, AllReduceBinding)
+K = TypeVar("K", Kernels, AllReduceKernel)
 
 
 class Choice(Protocol):
@@ -86,7 +89,7 @@ def bind_roles(facts: GroupFacts, choices: Mapping[str, Choice]) -> dict[str, Bo
 def bind_role(facts: GroupFacts, role: str, choice: Choice) -> Bound:
     """Bind one role. Raises :class:`BindError`, or :class:`MissingKernelError` untouched."""
     binding, fit = make_binding(facts, role, choice)
-    kernels = call_bind(choice.bind, binding, facts.name)
+    kernels = call_bind(choice.bind, binding, f"role {role}, group {facts.name!r}", Kernels)
     return Bound(binding=binding, kernels=kernels, fit=fit, claims=frozenset(choice.claims))
 
 
@@ -155,9 +158,10 @@ def make_binding(facts: GroupFacts, role: str, choice: Choice) -> tuple[Binding,
     return binding, fit
 
 
-def call_bind(reference: str | None, binding: Binding, group: str) -> Kernels:
-    """Import ``module:function`` and call it with the binding."""
-    who = f"backend {binding.backend!r}, role {binding.role}, group {group!r}"
+def call_bind(reference: str | None, binding: B, where: str, expected: type[K]) -> K:
+    """Import ``module:function``, call it with the binding, and check what came back. ``where`` continues the row's
+    backend and role in errors."""
+    who = f"backend {binding.backend!r}, {where}"
     if reference is None:
         raise BindError(f"{who}: the row names no bind function, so the engine runs it with kernels of its own")
     try:
@@ -169,6 +173,8 @@ def call_bind(reference: str | None, binding: Binding, group: str) -> Kernels:
         raise
     except Exception as e:
         raise BindError(f"{who}: bind {reference} failed: {type(e).__name__}: {e}") from e
-    if not isinstance(kernels, Kernels):
-        raise BindError(f"{who}: bind {reference} returned {type(kernels).__name__}; expected Kernels(plan, call)")
+    if not isinstance(kernels, expected):
+        needed = ", ".join(f.name for f in fields(expected) if f.default is MISSING)
+        got = type(kernels).__name__
+        raise BindError(f"{who}: bind {reference} returned {got}; expected {expected.__name__}({needed})")
     return kernels

@@ -1,4 +1,5 @@
-"""What a plugin's ``bind`` gets and gives: ``bind(binding) -> Kernels(plan, call)``."""
+"""What a plugin's ``bind`` gets and gives: ``bind(binding) -> Kernels(plan, call)``, or for ``allreduce_fusion``
+``bind(AllReduceBinding) -> AllReduceKernel(call, close)``."""
 
 from __future__ import annotations
 
@@ -83,3 +84,34 @@ class Kernels:
     """``kv_write`` only."""
     allocate: Callable[..., Any] | None = None
     """``kv_write`` only: ``allocate(num_pages) -> tuple of tensors`` for layouts the core does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReduceBinding:
+    """``allreduce_fusion``, decided: all a kernel of that role can know before the first step."""
+
+    backend: str
+    dtype: torch.dtype
+    rank: int
+    """Of ``world_size`` ranks: the tensor-parallel ones, which hold parts of the same layer."""
+    world_size: int
+    process_group: Any
+    """``torch.distributed`` group of those ranks; None: the default group, or with one rank none at all."""
+    hidden_size: int
+    max_tokens: int
+    graph: str
+    options: EngineOptions
+    device: Device
+    torch_device: torch.device
+
+
+@dataclass(frozen=True)
+class AllReduceKernel:
+    """What ``bind`` returns for ``allreduce_fusion``.
+
+    ``call(x, residual, weight, eps, out, residual_out)`` writes ``out`` and ``residual_out``, which may be ``residual``
+    itself, and may overwrite ``x``. ``close()`` gives back what is shared with other ranks.
+    """
+
+    call: Callable[[Any, Any, Any, float, Any, Any], None]
+    close: Callable[[], None]
