@@ -19,7 +19,8 @@ INSTRUCTION = re.compile(r"(^|[;:] )(pip install|install|build|use|upgrade) \S+"
 
 
 def rejected(name, device, without):
-    """(backend, role, package) -> hints, of all packages that rejections name; asking must not raise anything else."""
+    """(backend, role, package) -> hints, of all packages that rejections of the plugin's rows name; asking must not raise
+    anything else. Core's own rows may need a package too: Triton is AITER's as well."""
     platform = simulate(device, plugins=ALONE[name], without=tuple(without))
     found: dict[tuple[str, str, str], set[str]] = {}
     for model in EVERY_ROLE:
@@ -28,7 +29,7 @@ def rejected(name, device, without):
         except NoBackendError as e:
             rejections = e.rejections
         for r in rejections:
-            if r.code == "package":
+            if r.code == "package" and r.plugin == name:
                 found.setdefault((r.backend, r.role, r.field), set()).add(r.hint)
     return found
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from attn_core import BadInputError
+from attn_core import BadInputError, NoBackendError
 from simulators import rocm_aiter
 from simulators.harness import (
     DECODE,
     MANY,
+    MIXED,
     PREFILL,
     VERIFY,
     Case,
@@ -25,7 +28,7 @@ from simulators.harness import (
 )
 from simulators.standin import installed
 
-GFX = {arch: device("rocm", arch) for arch in ("gfx942", "gfx950")}
+GFX = {arch: device("rocm", arch) for arch in ("gfx942", "gfx950", "gfx1200", "gfx1201", "gfx1250")}
 MHA, UNIFIED, MLA = (f"attn_plugin_rocm.kernels.{name}" for name in ("mha", "unified", "mla"))
 CK = rows_of("rocm", GFX["gfx942"], "aiter", unified=False, rank=0)
 ONE = rows_of("rocm", GFX["gfx942"], "aiter", unified=True)
@@ -64,6 +67,23 @@ MLAS = [
     Case(name="mla 4 heads, padded", spec={**LATENT, "num_heads": 4}, lengths=DECODE),
     Case(name="mla 12 heads, padded", spec={**LATENT, "num_heads": 12}, lengths=DECODE),
 ]
+LATENT_ONLY = (tuple(r for r in ALL[0] if r.form == "absorbed"), *ALL[1:])
+"""Without the materialised prefill, which goes first where it has the widths."""
+EXTENDS = [
+    Case(name="mla prefill", spec=LATENT, lengths=PREFILL, lse=False),
+    Case(name="mla prefill and decode", spec=LATENT, lengths=MIXED, lse=False),
+    Case(name="mla prefill scale", spec={**LATENT, "scale": 0.1}, lengths=PREFILL, lse=False),
+    Case(name="mla prefill 4 heads, padded", spec={**LATENT, "num_heads": 4}, lengths=PREFILL, lse=False),
+    Case(name="mla prefill 20 heads, padded to 128", spec={**LATENT, "num_heads": 20}, lengths=PREFILL, lse=False),
+]
+ELSEWHERE = [
+    *(Case(name=f"plain {name}", lengths=lengths, lse=False) for name, lengths in MANY.items()),
+    Case(name="narrow", spec={"head_dim": 32}, lse=False),
+    Case(name="all", spec={"sinks": True, "sliding_window": 7, "logit_softcap": 2.0, "scale": 0.3}, lse=False),
+    Case(name="bounds", options={"host_lengths": "bounds"}, bounds=(12, 4, 64, 9, 33, 5), lse=False),
+    Case(name="verify", options={"verify_width": 3}, lengths=VERIFY, batch={"decode_width": 3}, lse=False),
+]
+"""Of the unified kernel on the archs where it stands behind Triton."""
 WINDOWED = [
     Case(name="window and sinks beside another decode", spec={"sliding_window": 7, "sinks": True}, lengths=PREFILL,
          lse=False),
@@ -84,6 +104,71 @@ def test_unified(case):
 @pytest.mark.parametrize("case", MLAS, ids=lambda c: c.name)
 def test_mla(case):
     check(ALL, case, rocm_aiter.stand_in())
+
+
+@pytest.mark.parametrize("case", EXTENDS, ids=lambda c: c.name)
+def test_mla_prefill_on_the_latent_cache(case):
+    made = rocm_aiter.stand_in()
+    if case.spec["num_heads"] == 20:  # decode has no 20 heads, and the rule wants both or none
+        rows = tuple(r for r in LATENT_ONLY[0] if r.role == "prefill")
+        with installed(made), pytest.raises(NoBackendError, match="num_heads=20"):
+            bound(LATENT_ONLY, case)
+        case, rows = replace(case, lengths=PREFILL), (*rows, *latent_decode_of_core())
+        check((rows, (), LATENT_ONLY[2]), case, made)
+    else:
+        check(LATENT_ONLY, case, made)
+    assert made.last("mla_prefill_fwd").o.shape[1] == (128 if case.spec["num_heads"] > 16 else 16)
+
+
+def latent_decode_of_core():
+    from attn_core.backends import torch_native
+
+    return (r for r in torch_native.backends(LATENT_ONLY[2]) if r.role == "decode")
+
+
+def test_the_materialised_prefill_goes_first():
+    with installed(rocm_aiter.stand_in()):
+        assert bound(ALL, EXTENDS[0]).bindings["prefill"].form == "materialised"
+        assert bound(LATENT_ONLY, EXTENDS[0]).bindings["prefill"].form == "absorbed"
+
+
+def test_what_mla_prefill_does_not_state_is_refused():
+    """A base for its LSE."""
+    with installed(rocm_aiter.stand_in()), pytest.raises(NoBackendError, match="lse"):
+        bound(LATENT_ONLY, replace(EXTENDS[0], lse=True))
+
+
+@pytest.mark.parametrize("arch", ["gfx1200", "gfx1201", "gfx1250"])
+@pytest.mark.parametrize("case", ELSEWHERE, ids=lambda c: c.name)
+def test_unified_elsewhere(arch, case):
+    group = check(rows_of("rocm", GFX[arch], "aiter"), case, rocm_aiter.stand_in())
+    assert group.page_size == (64 if arch == "gfx1250" else 32)
+
+
+@pytest.mark.parametrize("arch", ["gfx1200", "gfx1201"])
+@pytest.mark.parametrize(
+    ("spec", "options", "field"),
+    [({"head_dim": 136}, {}, "head_dim"), ({}, {"page_size": 16}, "page_size"), ({}, {"page_size": 64}, "page_size"),
+     ({"num_heads": 65, "num_kv_heads": 1}, {}, "group_size"), ({}, {"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype")],
+)  # fmt: skip
+def test_what_exceeds_rdnas_local_memory_is_refused(arch, spec, options, field):
+    """Two stages of k and v in tiles of a page, and q: 64 KiB less what the compiler takes (aiter PR 5035)."""
+    with pytest.raises(NoBackendError) as e:
+        bound(rows_of("rocm", GFX[arch], "aiter"), Case(name="", spec=spec, options=options, lse=False))
+    assert any(r.field == field and r.role == "decode" for r in e.value.rejections)
+    assert 2 * 2 * 32 * 128 * 2 + 64 * 128 * 2 < 64 << 10
+
+
+def test_the_unified_kernel_is_tritons_and_needs_it():
+    for arch in ("gfx942", "gfx950", "gfx1200", "gfx1201", "gfx1250"):
+        for row in rows_of("rocm", GFX[arch], "aiter")[0]:
+            assert row.unified is ("triton" in {r.name for r in row.requires}), (arch, row.role)
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1151"])
+def test_nothing_of_aiter_where_no_engine_runs_it(arch):
+    with pytest.raises(NoBackendError, match=r"device\.arch"):
+        bound(rows_of("rocm", device("rocm", arch), "aiter"), Case(name="", lse=False))
 
 
 def with_core_decode():
@@ -154,6 +239,7 @@ def everything():
         yield from attempts(with_core_decode(), [case], lambda: [rocm_aiter.stand_in()])
     yield from attempts(ONE, UNIFIEDS, lambda: [rocm_aiter.stand_in()])
     yield from attempts(ALL, MLAS, lambda: [rocm_aiter.stand_in()])
+    yield from attempts(LATENT_ONLY, EXTENDS[:4], lambda: [rocm_aiter.stand_in()])
     yield from attempts(paged_decode_beside_the_unified_prefill(), [FP8_DECODE], lambda: [rocm_aiter.stand_in()])
     yield lambda: materialised(scale=0.1)
 
@@ -212,7 +298,27 @@ MUTATIONS = [
     Mutation("mla scale left to the default", MLA, "sm_scale=scale, ", ""),
     Mutation("mla lse always None", MLA, ", return_lse=return_lse,", ","),
     Mutation("mla lse transposed", MLA, "(out, lse)", "(out, lse.T)"),
-    Mutation("mla q as it comes", MLA, "q.contiguous()", "q.transpose(0, 1).contiguous().transpose(0, 1)"),
+    Mutation("mla q as it comes", MLA, "q.contiguous()", "q.transpose(0, 1).contiguous().transpose(0, 1)", 2),
+    Mutation("mla prefill scale left to the default", MLA, "step.max_query, sm_scale=scale,\n", "step.max_query,\n"),
+    Mutation("mla prefill output left out", MLA, "tokens(kv_cache), made,", "tokens(kv_cache), made.clone(),"),
+    Mutation(
+        "mla prefill keys of the queries",
+        MLA,
+        "made, step.cu_query, step.indptr,",
+        "made, step.cu_query, step.cu_query,",
+    ),
+    Mutation(
+        "mla prefill longest of the keys",
+        MLA,
+        "            step.max_query, sm_scale=scale,\n",
+        "            step.max_query - 1, sm_scale=scale,\n",
+    ),
+    Mutation(
+        "mla prefill output turned",
+        MLA,
+        "made = q.new_empty(q.shape[0], q.shape[1], latent)",
+        "made = q.new_empty(q.shape[1], q.shape[0], latent).transpose(0, 1)",
+    ),
 ]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from simulators import rocm_aiter
-from simulators.harness import DECODE, Case, device, mutated, mutations, rows_of
+from simulators.harness import DECODE, PREFILL, Case, device, mutated, mutations, rows_of
 from simulators.isolation import check_isolation, check_two_devices, one
 
 GFX942 = device("rocm", "gfx942")
 ALL = rows_of("rocm", GFX942, "aiter")
 CK = rows_of("rocm", GFX942, "aiter", unified=False, rank=0)
+LATENT_ONLY = (tuple(r for r in ALL[0] if r.form == "absorbed"), *ALL[1:])
 ONE = rows_of("rocm", GFX942, "aiter", unified=True)
 FNUZ = {"kv_cache_dtype": "fp8_e4m3fnuz"}
 
@@ -23,6 +24,7 @@ IN_FLIGHT = [
     (ALL, latent(4)),  # padded to 16
     (ALL, latent(12)),  # padded to 16 too, by other columns
     (ALL, latent(16)),
+    (LATENT_ONLY, Case(name="mla prefill", spec={"kind": "mla", "num_heads": 16}, lengths=PREFILL, lse=False)),
     (CK, Case(name="paged", lse=False)),
     (CK, Case(name="paged, softcap", spec={"logit_softcap": 2.0, "head_dim": 128}, lse=False)),
     (ONE, Case(name="one kernel", spec={"sliding_window": 5, "sinks": True}, lse=False)),
@@ -62,7 +64,7 @@ SHARED = [
     *mutations(
         "attn_plugin_rocm.kernels.mla",
         {
-            "one latent step per backend": one("Indexed(page_size, capture)"),
+            "one latent step per backend": (*one("Indexed(page_size, capture)"), 2),
         },
     ),
 ]

@@ -1,4 +1,4 @@
-"""AITER at e404860: batch prefill, paged decode, unified attention, ragged attention, MLA decode."""
+"""AITER at e404860: batch prefill, paged decode, unified attention, ragged attention, MLA decode and prefill."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ RAGGED = "aiter.ops.mha.flash_attn_varlen_func"
 DECODE = "aiter.ops.attention.paged_attention_v1"
 UNIFIED = "aiter.ops.triton.attention.unified_attention.unified_attention"
 MLA = "aiter.mla.mla_decode_fwd"
+MLA_PREFILL = "aiter.mla.mla_prefill_fwd"
 
 
 def stand_in() -> StandIn:
     return StandIn(
-        "aiter", {PREFILL: batch_prefill, RAGGED: varlen, DECODE: paged_decode, UNIFIED: unified, MLA: mla_decode}
-    )
+        "aiter",
+        {PREFILL: batch_prefill, RAGGED: varlen, DECODE: paged_decode, UNIFIED: unified, MLA: mla_decode,
+         MLA_PREFILL: mla_prefill},
+    )  # fmt: skip
 
 
 def _edges(where: str, a: SimpleNamespace) -> list[tuple[int, int]]:
@@ -209,12 +212,26 @@ def unified(a: SimpleNamespace) -> None:
 
 def mla_decode(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     where = "mla_decode_fwd"
-    if a.logit_cap > 0:
-        raise AssertionError(f"logit_cap={a.logit_cap!r} is not support yet")
     if a.work_meta_data is not None or a.page_size != 1 or a.nhead_kv != 1 or a.q_scale is not None:
         raise NotImplementedError(f"{where}: this stand-in knows bfloat16, pages of one token and no persistent mode")
+    lse = _latent(where, "mla_heads", a, causal=a.causal)
+    return a.o.new_full((1,), float("nan")), lse.T.contiguous() if a.return_lse else None
+
+
+def mla_prefill(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    where = "mla_prefill_fwd"
+    if not a.o.is_contiguous():
+        raise Misuse(f"{where}: o is written as contiguous")
+    lse = _latent(where, "mla_prefill_heads", a, causal=True)
+    return a.o, (lse.T * 1.4427).reshape(a.o.shape[0], 1, -1, 1)  # in a base that nothing states
+
+
+def _latent(where: str, heads: str, a: SimpleNamespace, *, causal: bool) -> Tensor:
+    """Fills ``o``; LSE is (heads, tokens)."""
+    if a.logit_cap > 0:
+        raise AssertionError(f"logit_cap={a.logit_cap!r} is not support yet")
     FACTS.require_dtype("mla_dtype", a.q, a.kv_buffer, a.o)
-    FACTS.require("mla_heads", a.q.shape[1], where)
+    FACTS.require(heads, a.q.shape[1], where)
     FACTS.require("mla_widths", (a.q.shape[-1], a.o.shape[-1]), where)
     if not a.q.is_contiguous() or a.kv_buffer.shape[1:] != (1, 1, 576):
         raise Misuse(f"{where}: q is read as contiguous, kv_buffer as (tokens, 1, 1, 576)")
@@ -226,6 +243,6 @@ def mla_decode(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     keys = keys_of_pages(where, rows, rows[..., :512], table, lengths)
     poison = 0.0 if bool(rows[0].isfinite().all()) else float("nan")
     scale = 576**-0.5 if a.sm_scale is None else a.sm_scale
-    out, lse = forward(a.q, edges, keys, scale=scale, causal=a.causal)
+    out, lse = forward(a.q, edges, keys, scale=scale, causal=causal)
     put(a.o, out + poison)
-    return a.o.new_full((1,), float("nan")), lse.T.contiguous() if a.return_lse else None
+    return lse

@@ -162,6 +162,35 @@ def test_quirk_mla_wants_contiguous_q(aiter):
         aiter["mla_decode_fwd"](**mla(q=half(16, 2, 576).transpose(0, 1)))
 
 
+def extend(**more):
+    """Rows of 2 and 3 queries over 3 and 5 keys."""
+    given = mla(q=half(5, 16, 576), o=half(5, 16, 512), qo_indptr=ints(0, 2, 5), max_seqlen_q=3)
+    return {**given, **more}
+
+
+def test_quirk_mla_prefill_is_causal(aiter):
+    """The first query of a row does not see the row's last key, the last one does."""
+    given, again = extend(), extend()
+    again["kv_buffer"][8] = 3.0  # the last key of the second row
+    for call in (given, again):
+        aiter["mla_prefill_fwd"](**call)
+    assert torch.equal(given["o"][:4], again["o"][:4])
+    assert not torch.equal(given["o"][4], again["o"][4])
+    assert "causal" not in Contract.load("aiter").functions[rocm_aiter.MLA_PREFILL].signature.parameters
+
+
+def test_quirk_mla_prefill_fills_o(aiter):
+    given = extend()
+    out, lse = aiter["mla_prefill_fwd"](**given)
+    assert out is given["o"]
+    assert lse.shape == (5, 1, 16, 1)
+    with pytest.raises(Misuse, match="contiguous"):
+        aiter["mla_prefill_fwd"](**extend(o=half(16, 5, 512).transpose(0, 1)))
+    for heads in (8, 32):
+        with pytest.raises(RuntimeError, match="head"):
+            aiter["mla_prefill_fwd"](**extend(q=half(5, heads, 576), o=half(5, heads, 512)))
+
+
 def test_quirk_batch_prefill_lse_heads_first(aiter):
     out, lse = aiter["mha_batch_prefill_func"](**batch(return_lse=True))
     assert (out.shape, lse.shape) == ((5, 4, 64), (4, 5))

@@ -92,7 +92,8 @@ def test_capture_on_a_kernel_that_claims_graphs(capsys: pytest.CaptureFixture[st
 
 
 def test_what_the_page_says_of_binding_is_true() -> None:
-    """All rows have adapters but linear attention's, which engines run, and one that no model can satisfy.
+    """All rows have adapters but linear attention's, which engines run, and two that no model can satisfy: they say why
+    encoders are refused.
 
     A device that is not here can be asked and not bound.
     """
@@ -104,7 +105,8 @@ def test_what_the_page_says_of_binding_is_true() -> None:
         for r in plugins.catalog(device).devices[str(device)].backends
         if r.bind is None
     }
-    assert unbound == {("engine", "linear_prefill"), ("engine", "linear_decode"), ("vllm_cpu", "encode")}
+    engines = {("engine", "linear_prefill"), ("engine", "linear_decode")}
+    assert unbound == {*engines, ("vllm_cpu", "encode"), ("aiter", "encode")}
     with pytest.raises(BindError, match="simulated"):
         simulate("cpu:avx2").attention_backend(num_heads=2, head_dim=64, dtype="float32")
 

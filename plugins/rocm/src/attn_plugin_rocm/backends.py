@@ -2,8 +2,9 @@
 
 Sources: AITER e404860; vLLM 0.33.0; SGLang 0.5.23; wave-lang 3.9.1; threads by repository and number. Refused here
 although the calls exist: encoders (engines run them causally), cross attention, LSE and sinks from paged decode,
-windows of paged decode (its variants disagree), MLA through wave (NaN on HIP 7.15), and RDNA (aiter issue 3294: host
-checks admit CDNA only).
+windows of paged decode (its variants disagree), MLA through wave (NaN on HIP 7.15). AITER's CK and assembly kernels
+are CDNA's alone (aiter issue 3294); of its Triton kernels, unified attention serves RDNA4 and gfx1250 too, for those
+who name it. gfx90a, gfx1100 and gfx1151 get nothing of AITER: no engine runs it there (vLLM: CDNA3 and later, RDNA4).
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ AITER = Requirement(
     symbols=("aiter.ops.mha", "aiter.mla"),
     install="build AITER from its repository, ROCm/aiter; aiter on PyPI is another project",
 )
+TRITON = Requirement(
+    "triton>=3.6",
+    written_for="3.7.0",
+    symbols=("triton.language",),
+    install="pip install 'attn-core[triton]'; some of AITER's kernels are Triton's",
+)
 WAVE = (
     Requirement("wave-lang>=3", written_for="3.9.1", symbols=("wave_lang",), install="pip install wave-lang"),
     Requirement(
@@ -42,13 +49,19 @@ WAVE = (
 
 
 def table(
-    backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], *, bind: Any = None, **more: Any
+    backend: str,
+    evidence: str,
+    roles: Mapping[str, Mapping[str, Any]],
+    *,
+    bind: Any = None,
+    needs: str = "mfma",
+    **more: Any,
 ) -> tuple[BackendSpec, ...]:
     """One row per role: ``roles`` maps it to what it accepts, the rest holds for all; ``bind`` may be per role."""
     return tuple(
         BackendSpec(
             platform="rocm", backend=backend, role=role, accepts={"device.arch": CDNA, **accepts}, evidence=evidence,
-            needs=frozenset({"mfma"}), bind=bind[role] if isinstance(bind, dict) else bind, **more,
+            needs=frozenset({needs}), bind=bind[role] if isinstance(bind, dict) else bind, **more,
         )
         for role, accepts in roles.items()
     )  # fmt: skip
@@ -59,6 +72,24 @@ def _cache(device: Device) -> list[str]:
 
 
 _BEST: dict[str, Any] = {"tier": Tier.BEST, "requires": (AITER,)}
+_ONE: dict[str, Any] = {"unified": True, "bind": f"{_KERNELS}.unified:bind", "requires": (AITER, TRITON)}
+_UNIFIED = (
+    "AITER ops/triton/attention/unified_attention.py (assert causal), .github/scripts/install_triton.sh (3.6 and "
+    "later); vLLM rocm_aiter_unified_attn.py (pages)"
+)
+_UNIFIED_ELSEWHERE: tuple[tuple[list[str], str, Mapping[str, Any]], ...] = (
+    (
+        ["gfx1200", "gfx1201"],
+        "vLLM PR 46192 (RDNA4, no 8-bit cache), platforms/rocm.py; aiter issues 4329, 5229 and PR 5035 (local memory)",
+        {"head_dim": MultipleOf(8, min=32, max=128), "page_size": [32], "group_size": MultipleOf(1, max=64)},
+    ),
+    (
+        ["gfx1250"],
+        "AITER op_tests/triton_tests/attention/test_unified_attention.py; vLLM platforms/rocm.py (CDNA3 and later)",
+        {"page_size": [64, 16]},
+    ),
+)
+"""Archs, source, and what is narrower there than on gfx942 and gfx950."""
 
 
 def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
@@ -85,12 +116,28 @@ def _aiter(cache: list[str]) -> Iterable[BackendSpec]:
         "kv_cache_dtype": cache, "graph": CAPTURED, "host_lengths": ["exact", "bounds"], "native_out": True,
     }  # fmt: skip
     yield from table(
+        "aiter", _UNIFIED, {"prefill": unified, "decode": {**unified, "verify_width": ANY}}, tier=Tier.BEST, rank=1,
+        **_ONE,
+    )  # fmt: skip
+    # Elsewhere behind Triton, for those who name it. Pages are the kernel's tiles there, and two stages of k and v with
+    # q must stay below the 64 KiB of local memory that RDNA has: 128 wide, pages of 32, 64 query heads a kv head.
+    for archs, source, narrower in _UNIFIED_ELSEWHERE:
+        offered = {**unified, "kv_cache_dtype": ["auto"], "device.arch": archs, **narrower}
+        yield from table(
+            "aiter",
+            f"{_UNIFIED}; {source}",
+            {"prefill": offered, "decode": {**offered, "verify_width": ANY}},
+            needs="wmma",
+            tier=Tier.PORTABLE,
+            rank=50,
+            **_ONE,
+        )
+    # Claims no encoder_only, so it is refused with that reason: unified attention is causal only, and the engines run
+    # the ragged kernel causally whatever the model is.
+    yield from table(
         "aiter",
-        "AITER ops/triton/attention/unified_attention.py (assert causal); vLLM rocm_aiter_unified_attn.py (pages)",
-        {"prefill": unified, "decode": {**unified, "verify_width": ANY}},
-        unified=True,
-        rank=1,
-        bind=f"{_KERNELS}.unified:bind",
+        "AITER ops/triton/attention/unified_attention.py (assert causal); SGLang aiter_backend.py (always causal)",
+        {"encode": {"dtype": HALF, "head_dim": ANY}},
         **_BEST,
     )
 
@@ -109,6 +156,20 @@ def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
     yield from table("aiter", evidence, {"decode": {**latent, "num_heads": MultipleOf(16, max=128)}}, **absorbed)
     yield from table(
         "aiter", evidence, {"decode": {**latent, "num_heads": [16]}}, pads={"num_heads"}, rank=1, **absorbed
+    )
+    # Prefill on the latent cache, behind the materialised one: for widths that has no kernel for. Nothing states the
+    # base of its LSE: refused.
+    extend = {k: v for k, v in latent.items() if k not in ("lse", "native_out")} | {"graph": NOT_CAPTURED}
+    yield from table(
+        "aiter",
+        "AITER aiter/mla.py:mla_prefill_fwd, csrc/py_itfs_cu/asm_mla.cu:mla_prefill_asm_fwd (16 or 128 heads), "
+        "hsa/gfx942 and gfx950 mla_asm.csv, op_tests/test_mla.py (absorb prefill); SGLang aiter_backend.py",
+        {"prefill": {**extend, "num_heads": [16, 128]}},
+        form="absorbed",
+        rank=1,
+        pads={"num_heads"},
+        bind=f"{_KERNELS}.mla:bind_prefill",
+        **_BEST,
     )
     expanded = {
         "kind": "mla", "dtype": ["bfloat16"], "head_dims": [(192, 128)], "unequal_v": True, "custom_scale": True,
