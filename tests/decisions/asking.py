@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from attn_core import cli
+from attn_core.platform import installed_plugins
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 
@@ -61,6 +62,13 @@ def ask(model: str | Path, device: str, *args: str) -> Answer:
             status = int(e.code or 0)
     assert status in (0, 3), (status, printed.getvalue())
     return Answer(status, json.loads(printed.getvalue()))
+
+
+def claimants(device: str, role: str, **facts: Any) -> set[str]:
+    """Backends with a row for this role whose declared domains hold these facts; a field left out claims nothing."""
+    (dev,) = (d for p in installed_plugins().platforms().values() for d in p.known if str(d) == device)
+    rows = installed_plugins().catalog((dev,)).devices[device].backends
+    return {r.backend for r in rows if r.role == role and all(v in r.accepts.get(f, ()) for f, v in facts.items())}
 
 
 def config(folder: Path, base: str, **changes: Any) -> Path:

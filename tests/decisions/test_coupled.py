@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from asking import ask
+from asking import ask, config
 
 PAGES = [
     ("cuda:sm_90", "fa3", 1, True), ("cuda:sm_100", "trtllm_mha", 64, True), ("cuda:sm_100", "trtllm_mha", 128, False),
@@ -122,10 +122,24 @@ def test_tensor_parallel_head_counts(device, model, ranks, decode):
     assert answer.chosen()[1] == decode
 
 
-def test_more_heads_a_rank_than_a_kernel_takes():
-    """trtllm-gen takes no 65 to 127 heads: 128 over 1 and 2 ranks are fine, Kimi's 64 too; 96 are not."""
+def test_more_heads_a_rank_than_a_kernel_takes(tmp_path):
+    """trtllm-gen takes no 65 to 127 heads: 128 over 1 and 2 ranks are fine, Kimi's 64 too; 96 are not, on one rank."""
     for ranks in (1, 2, 4):
         assert ask("deepseek-v3", "cuda:b200", "--tensor-parallel", str(ranks)).chosen()[1] == "trtllm_mla"
+    odd = config(tmp_path, "deepseek-v3", num_attention_heads=96, num_key_value_heads=96)
+    refused = ask(odd, "cuda:b200", "--decode-backend", "trtllm_mla")
+    assert refused.status == 3
+    assert refused.reasons(backend="trtllm_mla", role="decode", field="num_heads", got=96)
+    assert ask(odd, "cuda:b200").chosen()[1] != "trtllm_mla"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_121"])
+def test_deterministic_mode_takes_fusion_away(arch):
+    """Sums of many ranks come in no fixed order (SGLang removes it too)."""
+    ranks = ("--tensor-parallel", "2")
+    role = ask("llama-3.1-8b", f"cuda:{arch}", *ranks, "--deterministic").data["roles"]["allreduce_fusion"]
+    assert role["backend"] == "unfused"
+    assert ask("llama-3.1-8b", f"cuda:{arch}", *ranks).data["roles"]["allreduce_fusion"]["backend"] == "flashinfer"
 
 
 @pytest.mark.parametrize(

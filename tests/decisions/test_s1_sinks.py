@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from asking import CUDA, EVERYWHERE, MODELS, ask, config
+from asking import CUDA, EVERYWHERE, MODELS, ask, claimants, config
 
 CLAIMS = {
     "cuda": {"fa3", "fa4", "trtllm_mha", "flashinfer_sinks"}, "musa": {"fa3"}, "rocm": {"aiter"}, "ascend": {"ascend"},
@@ -55,6 +55,36 @@ def test_2_no_automatic_path_gives_sinks_to_who_does_not_claim_them(model, devic
     for name in answer.data["groups"]:
         if groups[name]["sinks"]:
             assert set(answer.chosen(name)) <= allowed
+
+
+PATHS = [
+    ("--deterministic",), ("--lse",), ("--kv-offload-io", "kernel"), ("--page-size", "1"), ("--page-size", "128"),
+    ("--tensor-parallel", "8"), ("--uniform", "groups"), ("--uniform", "all"), ("--graph", "decode"),
+    ("--kv-cache-dtype", "fp8_e5m2"), ("--kv-cache-dtype", "fp8_e4m3"), ("--verify-width", "4", "--tree-mask"),
+    ("--without", "sglang-kernel"), ("--without", "triton"), ("--deny", "triton", "--deny", "fa3"),
+    ("--with", "cuda==12.2"), ("--host-lengths", "bounds"),
+]  # fmt: skip
+"""What an engine may ask for on the way to a decision it did not pin."""
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "mimo-v2-flash"])
+def test_2_nor_does_any_option_lead_there(model, path):
+    """Judged by the rows themselves: what serves a group with sinks has a row for that role that claims them."""
+    for device in EVERYWHERE:
+        answer = ask(model, device, *path, "--allow-reference")
+        if answer.status == 3:  # a refusal drops no sinks
+            continue
+        for name, group in answer.data["model"]["groups"].items():
+            for role in ("prefill", "decode") if group["sinks"] else ():
+                backend = answer.data["groups"][name][role]["backend"]
+                assert backend in claimants(device, role, sinks=True), (device, name, role)
+                assert backend != "flashinfer_sinks", "which is for who names it"
+
+
+def test_2_the_judgement_above_can_tell():
+    assert "flashinfer" not in claimants("cuda:sm_90", "decode", sinks=True)
+    assert {"fa3", "triton"} <= claimants("cuda:sm_90", "decode", sinks=True)
 
 
 @pytest.mark.parametrize("arch", [a for a in CUDA if a not in ("sm_90", "sm_100", "sm_103")])

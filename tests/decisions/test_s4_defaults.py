@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from asking import EVERYWHERE, ask
+from asking import EVERYWHERE, ask, config
 
 from attn_core.platform import installed_plugins
 
@@ -68,6 +68,19 @@ def test_defaults(device, mha, mla):
     assert latent.everywhere <= mla
 
 
+PRODUCTS = [
+    (p.name, alias, arch) for p in installed_plugins().platforms().values() for alias, arch in p.aliases.items()
+]
+
+
+@pytest.mark.parametrize(("platform", "product", "arch"), PRODUCTS)
+def test_a_product_is_decided_as_its_arch(platform, product, arch):
+    for model in ("llama-3.1-8b", "gpt-oss-20b"):
+        by_name, by_arch = (ask(model, f"{platform}:{x}") for x in (product, arch))
+        assert by_name.data["device"]["arch"] == arch
+        assert (by_name.data["groups"], by_name.values) == (by_arch.data["groups"], by_arch.values)
+
+
 @pytest.mark.parametrize("device", ["cuda:sm_80", "cuda:sm_86", "cuda:sm_89"])
 def test_ampere_and_ada_without_flashinfer_take_triton(device):
     answer = ask("llama-3.1-8b", device, "--without", "flashinfer-python")
@@ -92,6 +105,31 @@ def test_aiter_mla_where_head_counts_allow(heads):
 def test_wave_is_selectable(device):
     assert ask("llama-3.1-8b", device, "--backend", "wave").chosen() == ("wave", "wave")
     assert "wave" not in ask("llama-3.1-8b", device).everywhere
+
+
+@pytest.mark.parametrize("device", ["rocm:gfx1200", "rocm:gfx1201", "rocm:gfx1250"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gpt-oss-20b"])
+def test_aiters_unified_kernel_is_selectable_behind_triton(model, device):
+    assert ask(model, device).everywhere == {"triton"}
+    named = ask(model, device, "--backend", "aiter")
+    assert named.everywhere == {"aiter"}
+    assert named.data["groups"]["full"]["decode"]["tier"] == "PORTABLE"
+    assert ask(model, device, "--backend", "aiter", "--without", "triton").status == 3, "it is a kernel of Triton's"
+
+
+@pytest.mark.parametrize("device", ["rocm:gfx90a", "rocm:gfx1100", "rocm:gfx1151"])
+def test_no_kernel_of_aiters_where_no_engine_runs_it(device):
+    answer = ask("llama-3.1-8b", device, "--backend", "aiter")
+    assert answer.status == 3
+    assert answer.reasons(backend="aiter", role="decode", field="device.arch")
+
+
+def test_aiters_latent_prefill_serves_widths_the_materialised_one_lacks(tmp_path):
+    wide = config(tmp_path, "deepseek-v3", qk_nope_head_dim=192, v_head_dim=256)
+    for where in ("rocm:gfx942", "rocm:gfx950"):
+        usual, other = (ask(m, where).data["groups"]["full"]["prefill"] for m in ("deepseek-v3", wide))
+        assert [(c["backend"], c["form"]) for c in (usual, other)] == [("aiter", "materialised"), ("aiter", "absorbed")]
+    assert ask(wide, "rocm:gfx942", "--lse").chosen()[0] != "aiter", "the base of its LSE is not stated"
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,9 @@ def test_encoders_do_not_run_causally_on_aiter(device, model):
     assert "aiter" not in ask(model, device).everywhere
     answer = ask(model, device, "--backend", "aiter")
     assert answer.status == 3
-    assert (
-        answer.reasons(backend="aiter", role="encode")
-        or "offers backend 'aiter' to encode" in answer.data["error"]["text"]
-    )
+    reasons = answer.reasons(backend="aiter", role="encode", field="attn_type")
+    assert {r["group"] for r in reasons} == set(ask(model, device).data["groups"])
+    assert {(r["code"], r["got"], tuple(r["allowed"])) for r in reasons} == {("feature", "encoder_only", ("decoder",))}
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)
