@@ -85,13 +85,16 @@ X = torch.zeros(2, HIDDEN)
         ({"x": torch.zeros(9, HIDDEN)}, "9 tokens, bound for max_tokens=8"),
         (
             {"x": torch.zeros(2, HIDDEN + 1)},
-            r"x is torch.float32 \(2, 65\); expected contiguous torch.float32 \(2, 64\)",
+            r"x is .*\(2, 65\) on cpu; expected contiguous torch.float32 \(2, 64\) on cpu",
         ),
         ({"x": torch.zeros(HIDDEN, 2).T}, "x is .*, not contiguous; expected"),
         ({"x": X.half()}, "x is torch.float16"),
         ({"residual": torch.zeros(3, HIDDEN)}, r"residual is torch.float32 \(3, 64\)"),
         ({"weight": torch.zeros(HIDDEN + 1)}, "weight is"),
         ({"out": torch.zeros(2, HIDDEN, dtype=torch.float64)}, "out is torch.float64"),
+        ({"x": torch.zeros(2, HIDDEN, device="meta")}, "on meta; expected .* on cpu"),
+        ({"residual": X.to("meta")}, "residual is .* on meta; expected .* on cpu"),
+        ({"weight": torch.ones(HIDDEN, device="meta")}, "weight is .* on meta"),
         ({"residual": X, "out": X}, "out must be memory of its own, or x"),
     ],
 )

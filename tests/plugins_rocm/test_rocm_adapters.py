@@ -28,7 +28,7 @@ from simulators.harness import (
 )
 from simulators.standin import installed
 
-GFX = {arch: device("rocm", arch) for arch in ("gfx942", "gfx950", "gfx1200", "gfx1201", "gfx1250")}
+GFX = {arch: device("rocm", arch) for arch in ("gfx942", "gfx950", "gfx1201", "gfx1250")}
 MHA, UNIFIED, MLA = (f"attn_plugin_rocm.kernels.{name}" for name in ("mha", "unified", "mla"))
 CK = rows_of("rocm", GFX["gfx942"], "aiter", unified=False, rank=0)
 ONE = rows_of("rocm", GFX["gfx942"], "aiter", unified=True)
@@ -138,35 +138,34 @@ def test_what_mla_prefill_does_not_state_is_refused():
         bound(LATENT_ONLY, replace(EXTENDS[0], lse=True))
 
 
-@pytest.mark.parametrize("arch", ["gfx1200", "gfx1201", "gfx1250"])
+@pytest.mark.parametrize("arch", ["gfx1201", "gfx1250"])
 @pytest.mark.parametrize("case", ELSEWHERE, ids=lambda c: c.name)
 def test_unified_elsewhere(arch, case):
     group = check(rows_of("rocm", GFX[arch], "aiter"), case, rocm_aiter.stand_in())
     assert group.page_size == (64 if arch == "gfx1250" else 32)
 
 
-@pytest.mark.parametrize("arch", ["gfx1200", "gfx1201"])
 @pytest.mark.parametrize(
     ("spec", "options", "field"),
     [({"head_dim": 136}, {}, "head_dim"), ({}, {"page_size": 16}, "page_size"), ({}, {"page_size": 64}, "page_size"),
      ({"num_heads": 65, "num_kv_heads": 1}, {}, "group_size"), ({}, {"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype")],
 )  # fmt: skip
-def test_what_exceeds_rdnas_local_memory_is_refused(arch, spec, options, field):
+def test_what_exceeds_rdnas_local_memory_is_refused(spec, options, field):
     """Two stages of k and v in tiles of a page, and q: 64 KiB less what the compiler takes (aiter PR 5035)."""
     with pytest.raises(NoBackendError) as e:
-        bound(rows_of("rocm", GFX[arch], "aiter"), Case(name="", spec=spec, options=options, lse=False))
+        bound(rows_of("rocm", GFX["gfx1201"], "aiter"), Case(name="", spec=spec, options=options, lse=False))
     assert any(r.field == field and r.role == "decode" for r in e.value.rejections)
     assert 2 * 2 * 32 * 128 * 2 + 64 * 128 * 2 < 64 << 10
 
 
 def test_the_unified_kernel_is_tritons_and_needs_it():
-    for arch in ("gfx942", "gfx950", "gfx1200", "gfx1201", "gfx1250"):
+    for arch in ("gfx942", "gfx950", "gfx1201", "gfx1250"):
         for row in rows_of("rocm", GFX[arch], "aiter")[0]:
             assert row.unified is ("triton" in {r.name for r in row.requires}), (arch, row.role)
 
 
-@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1151"])
-def test_nothing_of_aiter_where_no_engine_runs_it(arch):
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100", "gfx1151", "gfx1200"])
+def test_nothing_of_aiter_where_sources_do_not_agree_on_it(arch):
     with pytest.raises(NoBackendError, match=r"device\.arch"):
         bound(rows_of("rocm", device("rocm", arch), "aiter"), Case(name="", lse=False))
 

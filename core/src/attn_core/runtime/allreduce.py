@@ -38,14 +38,15 @@ class AllReduceFusion:
         b, call = self.binding, self._call
         if call is None:
             raise BadInputError(f"{ROLE} of {b.backend!r} is closed; ask attention_backend().allreduce_fusion() anew")
-        _check(b, "x", x, (x.shape[0] if x.ndim else 0, b.hidden_size))
+        shape, device = torch.Size((x.shape[0] if x.ndim else 0, b.hidden_size)), x.device
+        _check(b, "x", x, shape, b.torch_device if device.type != b.torch_device.type else device)
         if x.shape[0] > b.max_tokens:
             raise BadInputError(f"{ROLE}: {x.shape[0]} tokens, bound for max_tokens={b.max_tokens}; bind for more")
         out = torch.empty_like(x) if out is None else out
         residual_out = torch.empty_like(x) if residual_out is None else residual_out
         for name, tensor in (("residual", residual), ("out", out), ("residual_out", residual_out)):
-            _check(b, name, tensor, tuple(x.shape))
-        _check(b, "weight", weight, (b.hidden_size,))
+            _check(b, name, tensor, shape, device)
+        _check(b, "weight", weight, shape[1:], device)
         if out.data_ptr() in (residual.data_ptr(), residual_out.data_ptr()) and x.shape[0]:
             raise BadInputError(f"{ROLE}: out must be memory of its own, or x; residual and residual_out are kept")
         if x.shape[0]:
@@ -92,11 +93,13 @@ def bind_allreduce(
     return AllReduceFusion(binding, kernel)
 
 
-def _check(b: AllReduceBinding, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != b.dtype or not tensor.is_contiguous():
+def _check(b: AllReduceBinding, name: str, tensor: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Kernels go by pointers: what they are given must be what they were bound for."""
+    if tensor.shape != shape or tensor.dtype != b.dtype or tensor.device != device or not tensor.is_contiguous():
         raise BadInputError(
-            f"{ROLE}: {name} is {tensor.dtype} {tuple(tensor.shape)}"
-            f"{'' if tensor.is_contiguous() else ', not contiguous'}; expected contiguous {b.dtype} {shape}"
+            f"{ROLE}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
+            f"expected contiguous {b.dtype} {tuple(shape)} on {device}"
         )
 
 

@@ -3,7 +3,7 @@
 Sources: AITER e404860; vLLM 0.33.0; SGLang 0.5.23; wave-lang 3.9.1; threads by repository and number. Refused here
 although the calls exist: encoders (engines run them causally), cross attention, LSE and sinks from paged decode,
 windows of paged decode (its variants disagree), MLA through wave (NaN on HIP 7.15). AITER's CK and assembly kernels
-are CDNA's alone (aiter issue 3294); of its Triton kernels, unified attention serves RDNA4 and gfx1250 too, for those
+are CDNA's alone (aiter issue 3294); of its Triton kernels, unified attention serves gfx1201 and gfx1250 too, for those
 who name it. gfx90a, gfx1100 and gfx1151 get nothing of AITER: no engine runs it there (vLLM: CDNA3 and later, RDNA4).
 """
 
@@ -79,7 +79,7 @@ _UNIFIED = (
 )
 _UNIFIED_ELSEWHERE: tuple[tuple[list[str], str, Mapping[str, Any]], ...] = (
     (
-        ["gfx1200", "gfx1201"],
+        ["gfx1201"],  # vLLM takes gfx1200 for the same, AITER's README does not list it: refused
         "vLLM PR 46192 (RDNA4, no 8-bit cache), platforms/rocm.py; aiter issues 4329, 5229 and PR 5035 (local memory)",
         {"head_dim": MultipleOf(8, min=32, max=128), "page_size": [32], "group_size": MultipleOf(1, max=64)},
     ),

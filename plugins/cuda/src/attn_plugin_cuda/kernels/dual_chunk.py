@@ -2,7 +2,7 @@
 
 Rows are cut where their queries pass from one chunk to the next, so that a piece lies in one chunk. Each of the three
 parts has key lengths and a block table of its own; pieces without a part have no keys in it, and a part that no piece
-has is not called. Parts are merged by their LSE. Conventions as in :mod:`attn_plugin_cuda.kernels.fa3`.
+has is not called. Parts are merged by their LSE. Conventions as in :mod:`attn_plugin_cuda.kernels.flash`.
 """
 
 from __future__ import annotations
