@@ -98,9 +98,9 @@ def bound(model: AttentionSpec, group: Any, step: dict[str, Any], asks: dict[str
     real = backend.bind_decision
 
     def bind(decision: Decision, *args: Any, **kwargs: Any) -> Any:
-        if step.get("lacks") in {c.backend for g in decision.groups.values() for c in g.choices.values()}:
+        for c in (c for g in decision.groups.values() for c in g.choices.values() if c.backend == step.get("lacks")):
             e = MissingKernelError("the library is not there")
-            e.backend = step["lacks"]
+            e.backend, e.bind = c.backend, c.bind
             raise e
         return real(decision, *args, **kwargs)
 

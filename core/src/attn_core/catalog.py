@@ -89,7 +89,7 @@ class Installed:
     impostors: Mapping[str, str] = field(default_factory=dict)
     """Installed packages that lack the vendor's symbols: name -> what is missing."""
     unusable: Mapping[str, str] = field(default_factory=dict)
-    """Backends whose kernel turned out to be missing when it was bound: name -> why."""
+    """Rows' ``bind`` that turned out to miss their kernel: ``module:function`` -> why."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "versions", {canonical(k): v for k, v in self.versions.items()})

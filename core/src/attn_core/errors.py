@@ -33,12 +33,15 @@ class BindError(AttnCoreError):
 
 
 class MissingKernelError(BindError):
-    """Raised by a plugin's ``bind`` when the kernel package is absent or unusable; the core resolves again without it.
+    """Raised by a plugin's ``bind`` when the kernel package is absent or unusable; the core resolves again without the
+    rows that name this ``bind``. Other rows of the backend stay: they may stand for another package's kernel.
 
-    ``backend`` is filled in by the core: ``bind`` need only say what is missing.
+    ``backend`` and ``bind`` are filled in by the core: the function need only say what is missing.
     """
 
     backend: str | None = None
+    bind: str | None = None
+    """``module:function``, as the row names it."""
 
 
 class NoBackendError(AttnCoreError):

@@ -93,10 +93,10 @@ class Platform:
             try:
                 bound = bind_decision(decision, self.torch_device(device), rank=rank)
             except MissingKernelError as e:
-                if e.backend is None or e.backend in installed.unusable:
+                if e.bind is None or e.bind in installed.unusable:
                     raise
                 _log.warning("%s cannot be bound: %s; resolving without it", e.backend, e)
-                installed = replace(installed, unusable={**installed.unusable, e.backend: str(e)})
+                installed = replace(installed, unusable={**installed.unusable, e.bind: str(e)})
             else:
                 _announce(decision)
                 return bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,10 +141,14 @@ def test_a_reference_is_fine_on_the_cpu_and_for_accompanying_roles():
 
 
 def test_kernels_missing_at_bind_are_rejections():
-    installed = Installed(assume=True, unusable={"fa3": "undefined symbol"})
-    d = decide(FULL, catalog([*both("fa3", tier="BEST"), *PORTABLE]), installed=installed)
+    installed = Installed(assume=True, unusable={"one:bind": "undefined symbol"})
+    first = [replace(r, bind="one:bind") for r in both("fa3", tier="BEST")]
+    d = decide(FULL, catalog([*first, *PORTABLE]), installed=installed)
     assert d.backend("decode") == "triton"
     assert "its kernel could not be bound: undefined symbol" in d.explain()
+    second = [replace(r, bind="another:bind") for r in both("fa3", tier="BEST", rank=1)]
+    d = decide(FULL, catalog([*first, *second, *PORTABLE]), installed=installed)
+    assert {c.bind for r, c in d.groups["full"].choices.items() if r != "kv_write"} == {"another:bind"}
 
 
 def test_impostors_are_told_from_the_vendors_package():

@@ -115,10 +115,10 @@ def attention_backend(
                 raise BindError(f"{here.device} is simulated: decisions can be explained, kernels cannot be bound")
             bound = bind_decision(agreed.decision, here.torch_device(device), rank=rank)
         except MissingKernelError as e:
-            if e.backend is None or e.backend in unusable:
+            if e.bind is None or e.bind in unusable:
                 cause, state = e, f"{type(e).__name__}: {e}"
             else:
-                unusable[e.backend], state = str(e), _AGAIN
+                unusable[e.bind], state = str(e), _AGAIN
         except Exception as e:  # whatever it is, the others wait for a word from here
             cause, state = e, f"{type(e).__name__}: {e}"
         states = json.loads(line.round("bound", state, _not_bound))

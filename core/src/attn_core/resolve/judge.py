@@ -268,8 +268,8 @@ class Judge:
                 )
             elif found and not requirement.admits(found):
                 yield self._raw("version", row, package, found, requirement.range, hint)
-        if spec.backend in self.installed.unusable:
-            yield self._raw("package", row, "kernel", self.installed.unusable[spec.backend], None)
+        if why := self.installed.unusable.get(spec.bind or ""):
+            yield self._raw("package", row, "kernel", why, None)
 
     def _pin_reasons(self, row: Row) -> Iterator[Raw]:
         for name, value in self.pins.items():

@@ -169,7 +169,7 @@ def call_bind(reference: str | None, binding: B, where: str, expected: type[K]) 
         bind = reduce(getattr, path.split("."), importlib.import_module(module))
         kernels = bind(binding)  # type: ignore[operator]
     except MissingKernelError as e:
-        e.backend = binding.backend
+        e.backend, e.bind = binding.backend, reference
         raise
     except Exception as e:
         raise BindError(f"{who}: bind {reference} failed: {type(e).__name__}: {e}") from e
