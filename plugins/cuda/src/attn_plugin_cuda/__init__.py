@@ -23,7 +23,7 @@ from attn_plugin_cuda import (
 __version__ = "0.1.0"
 
 _TABLES = (backends, backends_flashinfer, backends_flash, backends_mla, backends_dual_chunk)
-_RULES = (*backends.RULES, *backends_flash.RULES, *backends_dual_chunk.RULES)
+_RULES = (*backends.RULES, *backends_flashinfer.RULES, *backends_flash.RULES, *backends_dual_chunk.RULES)
 
 
 @hookimpl

@@ -1,8 +1,8 @@
-"""What the CUDA kernels promise for ordinary attention (MHA, GQA, encoders, cross attention) and all-reduce fusion.
+"""What the CUDA tables have in common, and what ``trtllm_mha`` promises.
 
-One block per backend: what all its roles accept, then what each adds. Only what a source shows is claimed; a feature
-that is not there is refused. Where sources disagree the row follows the one that refuses. Short names of the sources,
-with the versions read:
+The modules ``backends_*`` hold a family of kernels each. One block per backend: what all its roles accept, then what
+each adds. Only what a source shows is claimed; a feature that is not there is refused. Where sources disagree the row
+follows the one that refuses. Short names of the sources, with the versions read:
 
 * FI: flashinfer-python 0.7.2.post1; FA: flash-attention 0251105a; FA4: flash-attn-4 4.0.0b36
 * SK: sglang-kernel 0.4.10; SGLang 0.5.23; vLLM 0.33.0; threads by repository and number
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from attn_core.domain import ANY, MultipleOf, OneOf
+from attn_core.domain import ANY, OneOf
 from attn_core.spec import BackendSpec, Constraint, Device, Requirement, Tier
 from attn_core.spec.fields import GRAPHS
 from attn_plugin_cuda.platform import TOOLKIT
@@ -68,112 +68,6 @@ def table(backend: str, evidence: str, roles: Mapping[str, Mapping[str, Any]], *
     )
 
 
-# ---- flashinfer ------------------------------------------------------------------------------------------------------
-# fa2 kernels from templates, on 8.0 and later. Turing is left to Triton: flashinfer issue 3620, which vLLM fences off.
-# No sinks: the plain wrappers take sinks= and drop it on fa2, fa3 and CUDA-core decode. The variant that applies them
-# has a name of its own, ``flashinfer_sinks`` (backends_flashinfer).
-
-_FI = (
-    "FI prefill.py:835-905 (sinks are dropped), attention/_core.py:431 (sink wrapper), attention/prefill.cuh:377-394 "
-    "(widths); sglang PR 23139, PR 18758; vLLM flashinfer.py:696 (Turing)"
-)
-_FI_ANY = {
-    "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "deterministic": True, "native_out": True,
-}  # fmt: skip
-_FI_PAGED = {
-    **_FI_ANY, "attn_type": ["decoder", "cross"], "head_dims": [(64, 64), (128, 128), (256, 256), (192, 128)],
-    "unequal_v": True, "sliding_window": True, "page_size": ANY,
-    "kv_cache_dtype": ["auto", "fp8_e4m3", "fp8_e5m2"], "kv_layout": ["NHD", "HND"],
-}  # fmt: skip
-
-
-XQA = {
-    "dtype": HALF, "device.arch": ["sm_120", "sm_121"], "head_dim": MultipleOf(16, max=256), "custom_scale": True,
-    "sliding_window": True, "page_size": [16, 32, 64, 128], "kv_cache_dtype": ["auto", "fp8_e4m3"],
-    "kv_layout": ["NHD", "HND"], "graph": CAPTURED, "host_lengths": BOTH_LENGTHS, "native_out": True,
-}  # fmt: skip
-"""XQA's decode, without sinks."""
-
-
-def _flashinfer(device: Device) -> tuple[BackendSpec, ...]:
-    requires = flashinfer_needs(device)
-    tuned: dict[str, Any] = {"tier": Tier.TUNED, "requires": requires}
-    fa2 = {
-        "needs": {"mma_sync", "cp_async"}, "bind": f"{KERNELS}.flashinfer:bind",
-        "variants": {"fa2": EVERY_STEP}, **tuned,
-    }  # fmt: skip
-    return (
-        *(_flashinfer_hopper(requires) if device.arch == "sm_90" else ()),
-        # Ragged and not causal. Widths below 64 run padded; the scale stays the model's own.
-        *table(
-            "flashinfer",
-            f"sglang PR 6230, issue 6050; flashinfer issue 1048; {_FI}",
-            {"encode": {**_FI_ANY, "attn_type": ["encoder_only"], "head_dim": [64, 128, 256], "graph": ENCODER}},
-            pads={"head_dim"},
-            **fa2,
-        ),
-        *table("flashinfer", _FI, {"prefill": {**_FI_PAGED, "graph": NOT_CAPTURED}}, **fa2),
-        # On tensor cores decode is the paged prefill kernel with few queries: hence its pairs and masks. After XQA.
-        *table(
-            "flashinfer",
-            f"{_FI}; FI decode.py (use_tensor_cores)",
-            {"decode": {**_FI_PAGED, "graph": CAPTURED, "verify_width": ANY, "tree_mask": True}},
-            rank=1,
-            **fa2,
-        ),
-        # XQA. It takes sinks, but FlashInfer's prefill drops them: with them it is ``flashinfer_sinks``.
-        *table(
-            "flashinfer",
-            "FI xqa.py:402, jit/xqa.py (widths, pages); sglang PR 18758 (XQA decode on SM12x)",
-            {"decode": XQA},
-            bind=f"{KERNELS}.xqa:bind",
-            variants={"xqa": EVERY_STEP},
-            **tuned,
-        ),
-        # Compiled for majors 9, 10 and 12. Kernels exist for 2, 4, 8 and 16 ranks, but the rule that chooses one or two
-        # rounds of messages knows 2, 4 and 8.
-        *table(
-            "flashinfer",
-            "FI jit/comm.py:47,182,198,406, comm/trtllm_ar.py:712, trtllm_allreduce_fusion.cuh:1709,1936; "
-            "sglang PR 18758",
-            {
-                "allreduce_fusion": {
-                    "dtype": HALF, "device.arch": ["sm_90", "sm_100", "sm_103", "sm_120", "sm_121"],
-                    "tensor_parallel": [2, 4, 8], "graph": CAPTURED,
-                }
-            },
-            bind=f"{KERNELS}.allreduce:bind",
-            **tuned,
-        ),
-    )  # fmt: skip
-
-
-def _flashinfer_hopper(requires: tuple[Requirement, ...]) -> tuple[BackendSpec, ...]:
-    """flashinfer's fa3 kernels: what its own rule takes on Hopper. No masks, no 8-bit caches under 16-bit queries, and
-    no fixed splits."""
-    accepts = {
-        "dtype": HALF, "custom_scale": True, "lse": True, "logit_softcap": True, "native_out": True,
-    }  # fmt: skip
-    pairs = [(64, 64), (128, 128), (256, 256), (192, 128)]
-    return table(
-        "flashinfer",
-        "FI utils.py:616 (is_fa3_backend_supported, is_fa3_prefill_head_dim_supported), prefill.py",
-        {
-            "encode": {**accepts, "attn_type": ["encoder_only"], "head_dim": [64, 128, 256], "graph": ENCODER},
-            "prefill": {
-                **accepts, "attn_type": ["decoder", "cross"], "head_dims": pairs, "unequal_v": True, "page_size": ANY,
-                "sliding_window": True, "kv_layout": ["NHD", "HND"], "graph": NOT_CAPTURED,
-            },
-        },
-        tier=Tier.TUNED,
-        rank=-1,
-        needs={"wgmma", "tma"},
-        requires=(*requires, cuda("12.3")),
-        bind=f"{KERNELS}.flashinfer:bind_fa3",
-        variants={"fa3": EVERY_STEP},
-    )  # fmt: skip
-
-
 # ---- trtllm_mha ------------------------------------------------------------------------------------------------------
 # No softcap, no cross attention, no encoders (it reads a paged cache), no LSE (rows without keys are not written).
 
@@ -200,7 +94,7 @@ _TRTLLM = table(
 
 def rows(device: Device) -> Iterable[BackendSpec]:
     """Every row, whether or not the device can run it: the core explains why not."""
-    return (*_flashinfer(device), *_TRTLLM)
+    return _TRTLLM
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -221,13 +115,6 @@ def _rules() -> Iterable[Constraint]:
             then={"dtype": "bfloat16"},
             because="trtllm-gen reads an fp8 cache with bfloat16 queries, not with float16 ones",
             evidence="FI trtllm_batch_decode_with_kv_cache (uses_bf16q_fp8kv)",
-        )
-        yield Constraint(
-            name=f"flashinfer-{role}-cross-window",
-            when={role: "flashinfer", "attn_type": "cross"},
-            then={"sliding_window": None},
-            because="flashinfer plans cross attention without a window",
-            evidence="SGLang flashinfer_backend.py (two wrappers, either window or cross)",
         )
 
 
