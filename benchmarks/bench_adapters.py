@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from numerics.kernel_cases import Lengths, Step
 from simulators import (
+    ascend_npu,
     cuda_fa2,
     cuda_fa3,
     cuda_fa4,
@@ -53,28 +54,41 @@ ADAPTERS: tuple[tuple[str, str, str, dict[str, Any], bool, tuple[StandIn, ...]],
     ("cuda", "trtllm_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
     ("musa", "fa3", "mp31", {}, True, (musa_mate.stand_in(),)),
     ("rocm", "aiter", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
+    ("ascend", "ascend", "910b", {}, True, (ascend_npu.stand_in(),)),
+    ("ascend", "ascend", "910b", MLA, False, (ascend_npu.stand_in(),)),
+    ("ascend", "ascend", "310p", {"dtype": "float16"}, False, (ascend_npu.stand_in(),)),
     ("intel", "intel_xpu", "bmg", {}, False, (intel_xpu.stand_in(),)),
 )
 """plugin, backend (with what binds it, where several packages have it), arch, fields of the spec, whether LSE is
 claimed, what stands in."""
 
 
-class Recorder:
-    """A vendor's function with an empty body, that remembers how it was called and returns what ``like`` says."""
+ANSWERS = {
+    "is_current_stream_capturing": lambda: False,
+    "get_npu_format": lambda t: 29,
+    "empty_with_format": lambda size, dtype, device, acl_format: torch.zeros(size, dtype=dtype, device=device),
+}
+"""Of functions that say or make something."""
 
-    def __init__(self) -> None:
+
+class Recorder:
+    """A vendor's function that remembers how it was called."""
+
+    def __init__(self, vendor: Callable[..., Any]) -> None:
+        self.vendor = vendor
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.answer: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.given = args, kwargs
-        return self.answer
+        return self.vendor(*args, **kwargs)
 
 
 def empties(stand_ins: tuple[StandIn, ...], answer: Any, scheduled: torch.Tensor) -> tuple[StandIn, ...]:
     """The same packages with empty bodies; calls answer ``answer``, planners a tensor."""
 
     def body(name: str) -> Any:
+        if (leaf := name.rpartition(".")[2]) in ANSWERS:
+            return ANSWERS[leaf]
         if "metadata" in name or "Metadata" in name:
             if name.endswith("get_mla_metadata"):
                 return lambda: (SCHEDULE(), None)
@@ -85,8 +99,10 @@ def empties(stand_ins: tuple[StandIn, ...], answer: Any, scheduled: torch.Tensor
 
     made = []
     for s in stand_ins:
-        functions = {n: body(n) for n, f in s.contract.functions.items() if f.kind in ("function", "static")}
-        made.append(Empty(s.contract.name, {**functions, **_wrappers(s, answer)}, s.values))
+        functions = {
+            n: body(n) for n, f in s.contract.functions.items() if f.kind in ("function", "static", "torch_op")
+        }
+        made.append(Empty(s.contract, {**functions, **_wrappers(s, answer)}, s.values))
     return tuple(made)
 
 
@@ -99,23 +115,23 @@ def decode_step(rows: Rows, spec: dict[str, Any], lse: bool, sequences: int, sta
     with installed(*stand_ins):
         group = bound(
             rows,
-            Case(name="", spec=spec if spec else {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, **spec}, lse=lse),
+            Case(name="", spec=spec if spec == MLA else {**HEADS, **spec}, lse=lse),
         )
     lengths = Lengths((1,) * sequences, tuple(100 + i % 50 for i in range(sequences)))
     return make_step(group, Case(name="", lengths=lengths))
 
 
 def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
-    heads, width = (4, 512) if spec else (8, 128)
+    heads, width = (4, 512) if spec == MLA else (8, 128)
     flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
     if backend in ("fa2 fa2:bind", "flashmla", "trtllm_mla"):  # batched interfaces
         flat = flat[:, None]
-    return (flat, None) if backend in ("fa4", "flashmla") else flat
+    return (flat, None) if backend in ("fa4", "flashmla", "ascend") else flat
 
 
 def adapters() -> Iterator[Result]:
     for plugin, backend, arch, spec, lse, stand_ins in ADAPTERS:
-        name = f"{plugin} {backend}{' mla' if spec else ''}"
+        name = f"{plugin} {backend} {arch}{' mla' if spec == MLA else ''}"
         name_of_backend, _, bind = backend.partition(" ")
         only = {"bind": f"attn_plugin_{plugin}.kernels.{bind}"} if bind else {}
         rows = rows_of(plugin, device(plugin, arch), name_of_backend, **only)
@@ -127,7 +143,8 @@ def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_i
     answer = answer_for(spec, backend, 4)
     step = decode_step(rows, spec, False, 4, empties(stand_ins, answer, torch.zeros(5, dtype=torch.int32)))
     call = step.group._bound["decode"].kernels.call
-    out = torch.empty(*step.q.shape[:2], step.group.bindings["decode"].v_head_dim, dtype=step.q.dtype)
+    q = step.q[0] if isinstance(step.q, tuple) else step.q
+    out = torch.empty(*q.shape[:2], step.group.bindings["decode"].v_head_dim, dtype=q.dtype)
     bare = bare_call(lambda: call(step.q, None, None, step.cache, step.plan, out=out), step, answer)
     through = cpu_time(lambda: call(step.q, None, None, step.cache, step.plan, out=out))
     alone = cpu_time(bare)
@@ -137,30 +154,36 @@ def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_i
 
 def bare_call(call: Callable[[], Any], step: Step, answer: Any) -> Callable[[], Any]:
     """The vendor's function with the arguments that the adapter passes, found by watching one call."""
-    recorder = Recorder()
-    recorder.answer = answer
-    closure = step.group._bound["decode"].kernels.call.__closure__ or ()
-    for cell in closure:
+    for cell in cells(step.group._bound["decode"].kernels.call):
         vendor = cell.cell_contents
         if getattr(vendor, "__name__", "") == "<lambda>" and vendor.__module__ == __name__:
-            cell.cell_contents = recorder
+            cell.cell_contents = recorder = Recorder(vendor)
             call()
             cell.cell_contents = vendor
-            return with_views(vendor, *recorder.given, step.q, answer)
+            if recorder.given != ((), {}):
+                return with_views(vendor, *recorder.given, step.q, answer)
     wrapper = step.plan.decode if hasattr(step.plan.decode, "run") else step.plan.decode.wrapper
-    run, wrapper.run = wrapper.run, recorder
+    run = wrapper.run
+    wrapper.run = recorder = Recorder(run)
     call()
     wrapper.run = run
     args, kwargs = recorder.given
     return lambda: run(*args, **kwargs)
 
 
+def cells(function: Any) -> Iterator[Any]:
+    """What a function closes over, and what functions among that do."""
+    for cell in getattr(function, "__closure__", None) or ():
+        yield cell
+        yield from cells(cell.cell_contents)
+
+
 def with_views(
     vendor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], q: torch.Tensor, answer: Any
 ) -> Callable[[], Any]:
     """The bare call on the engine's packed tensors: the views that the vendor's shapes ask for are the vendor's."""
-    first, *rest = args
-    if first.dim() == 4:
+    first, *rest = args or (None,)
+    if first is not None and first.dim() == 4:
         rows, queries, heads, width = map(int, first.shape)
         pair = isinstance(answer, tuple)
         out_width = (answer[0] if pair else answer).shape[-1]

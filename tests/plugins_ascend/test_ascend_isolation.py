@@ -72,14 +72,14 @@ def all_in_flight() -> None:
     check_isolation(IN_FLIGHT, make)
 
 
-PAGES = "return Pages(names, None if capture is None else"
+PAGES = "return Pages(names, always, None if capture is None else"
 SHARED = [
     *mutations(
         "attn_plugin_ascend.kernels.fia",
         {
             "one step over rows per backend": one("Rows(names)"),
             "one step over pages per backend": (
-                PAGES, f"return vars(make).setdefault('kept', Pages(names, None)) if capture is None else {PAGES[7:]}",
+                PAGES, f"return vars(make).setdefault('kept', Pages(names, always, None)) if capture is None else {PAGES[7:]}",
             ),
         },
     ),

@@ -75,6 +75,7 @@ _MLA_ANY = {
 _ATB = {
     "dtype": ["float16"], "device.arch": ["310p"], "head_dim": MultipleOf(16, min=16, max=128), "custom_scale": True,
     "page_size": [128], "kv_layout": ["ASCEND_NZ"], "max_num_seqs": MultipleOf(1, max=2048), "graph": GRAPH,
+    "native_out": True,
 }  # fmt: skip
 _ATB_SOURCE = (
     "op-plugin _atb_api_docs.py (inference products: float16, batch up to 2048, NZ caches, widths of 16, page * width "
@@ -140,7 +141,7 @@ ROWS = (
     ),
     *table(
         "op-plugin ReshapeAndCachAtb.cpp (NZ by the cache's format); vllm-ascend device_op.py (310P)",
-        {"kv_write": {k: v for k, v in _ATB.items() if k not in ("custom_scale", "max_num_seqs")}},
+        {"kv_write": {k: v for k, v in _ATB.items() if k not in ("custom_scale", "max_num_seqs", "native_out")}},
         needs={"cube"},
         requires=(ATB,),
         bind="attn_plugin_ascend.kernels.kv_write:bind_nz",

@@ -17,7 +17,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attn_core.adapters import Paged, refilled
 from attn_core.runtime import Batch, Binding, Capture, Kernels
@@ -33,22 +32,22 @@ NORM_COMPRESS = 5
 class Step(Paged):
     """One role's rows of one step; key lengths and pages lie on the device."""
 
-    __slots__ = ("_single", "changing")
+    __slots__ = ("_always", "_single", "keywords")
 
-    changing: dict[str, Tensor]
-    """The keywords that change from step to step."""
+    keywords: dict[str, Any]
+    """Those of every step, and those that change."""
 
-    def __init__(self, page_size: int, capture: Capture | None, *, single: bool) -> None:
+    def __init__(self, page_size: int, capture: Capture | None, always: dict[str, Any], *, single: bool) -> None:
         super().__init__(page_size, capture)
-        self._single = single
+        self._always, self._single = always, single
 
     def fill(self, batch: Batch) -> None:
         super().fill(batch)
         if self.capture is not None:  # padding rows have one key, but no query may come before the first key
             self.kv_lens.clamp_(min=self.capture.decode_width)
-        self.changing = {"block_table": self.table, "context_lens": self.kv_lens}
+        self.keywords = {**self._always, "block_table": self.table, "context_lens": self.kv_lens}
         if not self._single:
-            self.changing["seq_len"] = batch.query_lens
+            self.keywords["seq_len"] = batch.query_lens
 
 
 def bind(b: Binding) -> Kernels:
@@ -65,8 +64,8 @@ def bind(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         keys, values = pages(kv_cache)
-        made = q.new_empty(q.shape)
-        attend(query=q, key_cache=keys, value_cache=values, **always, **step_of(plan).changing, out=made)
-        return made
+        whole = out if out is not None and out.is_contiguous() else q.new_empty(q.shape)
+        attend(query=q, key_cache=keys, value_cache=values, **step_of(plan).keywords, out=whole)
+        return whole if out is None or whole is out else out.copy_(whole)
 
-    return Kernels(plan=refilled(lambda capture: Step(page_size, capture, single=single)), call=call)
+    return Kernels(plan=refilled(lambda capture: Step(page_size, capture, always, single=single)), call=call)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,13 +81,15 @@ class Rows:
 class Pages:
     """One role's rows of one step over pages; filling it issues again what graphs captured on its plan."""
 
-    __slots__ = ("_names", "changing", "launches")
+    __slots__ = ("_always", "_names", "changing", "keywords", "launches")
 
     changing: dict[str, Any]
     """The keywords that change from step to step."""
+    keywords: dict[str, Any]
+    """These and those that never change."""
 
-    def __init__(self, names: Names, launches: Launches | None) -> None:
-        self._names, self.launches = names, launches
+    def __init__(self, names: Names, always: dict[str, Any], launches: Launches | None) -> None:
+        self._names, self._always, self.launches = names, always, launches
 
     def fill(self, batch: Batch) -> None:
         table: Any = batch.block_table
@@ -95,6 +97,7 @@ class Pages:
         if self.launches is not None:
             table = self.launches.table(table)
         self.changing = {self._names.query_lens: query_lens, self._names.key_lens: key_lens, "block_table": table}
+        self.keywords = {**self._always, **self.changing}
         if self.launches is not None:
             self.launches.again(self.changing)
 
@@ -125,47 +128,48 @@ def prepare_sinks(sinks: Tensor) -> Tensor:
     return sinks.to(torch.bfloat16).contiguous()
 
 
-def _over_pages(b: Binding, names: Names) -> tuple[Callable[..., Pages], Callable[..., Any]]:
-    """``plan``, and ``launch(step, temporary, lasting, room)`` -> output and LSE.
+class OverPages(NamedTuple):
+    """The operator over pages, for one role of one group."""
 
-    ``temporary`` and ``lasting`` are the call's other keywords; ``temporary`` has the query and what else is made for
-    one call. ``room()`` makes the tensor for LSE, which a captured launch fills.
-    """
+    plan: Callable[..., Pages]
+    attend: Callable[..., Any]
+    capturing: Callable[[], bool]
+    record: Callable[..., tuple[Tensor, Tensor]]
+    """``(step, temporary, lasting, lse)``: what ``attend`` does, into the capture that is under way. ``temporary`` and
+    ``lasting`` are the call's own keywords; ``temporary`` has the query and what else is made for one call. ``lse`` is
+    filled. Returns the output and ``lse``."""
+
+
+def _over_pages(b: Binding, names: Names) -> OverPages:
     attend = load(TORCH_NPU, "torch_npu", names.operator)
     always = {**fixed(b, names), "block_size": b.page_size}
-
-    def eager(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
-        return attend(**temporary, **lasting, **always, **step.changing)
-
     if b.role != "decode" or b.graph not in ("decode", "full"):
-        return refilled(lambda capture: Pages(names, None)), eager
+        return OverPages(refilled(lambda capture: Pages(names, always, None)), attend, lambda: False, attend)
     workspace = load(TORCH_NPU, "torch_npu", f"_{names.operator}_get_max_workspace")
     npu, weak = runtime()
-    into, capturing, width = attend.out, npu.is_current_stream_capturing, b.v_head_dim
+    into, width = attend.out, b.v_head_dim
 
-    def launch(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], room: Any) -> Any:
-        if not capturing():
-            return eager(step, temporary, lasting, room)
+    def record(step: Pages, temporary: dict[str, Tensor], lasting: dict[str, Any], lse: Tensor) -> Any:
         if step.launches is None:
             raise BadInputError(
                 "a graph is being captured on a plan that was made without plan(batch, capture=Capture(...)): its "
                 "lengths would stay in the graph for ever; make a plan with capture= for each graph"
             )
         query = temporary["query"]
-        outputs = query.new_empty(*query.shape[:2], width), room()
+        outputs = query.new_empty(*query.shape[:2], width), lse
         largest = {**step.changing, names.key_lens: step.launches.longest}
         step.launches.record(into, workspace, outputs, temporary, {**lasting, **always}, step.changing, largest)
         return outputs
 
     def make(capture: Capture | None) -> Pages:
-        return Pages(names, None if capture is None else Launches(npu, weak, b.page_size, capture))
+        return Pages(names, always, None if capture is None else Launches(npu, weak, b.page_size, capture))
 
-    return refilled(make), launch
+    return OverPages(refilled(make), attend, npu.is_current_stream_capturing, record)
 
 
 def _paged(b: Binding, names: Names) -> Kernels:
     step_of, heads_first, lse_flag = attrgetter(b.role), b.kv_layout == "HND", names.lse
-    plan, launch = _over_pages(b, names)
+    plan, attend, capturing, record = _over_pages(b, names)
 
     def views(kv_cache: Any) -> tuple[Tensor, Tensor]:
         """HND as it is; NHD as ``(pages, page size, kv heads * width)``."""
@@ -177,20 +181,22 @@ def _paged(b: Binding, names: Names) -> Kernels:
         made = kv_cache.memo["ascend"] = (k, v) if heads_first else (k.flatten(2), v.flatten(2))
         return made
 
+    def captured(step: Pages, q: Tensor, lasting: dict[str, Any], return_lse: bool) -> tuple[Tensor, Tensor]:
+        lse = q.new_empty(*q.shape[:2], 1, dtype=torch.float32) if return_lse else q.new_empty(1)
+        return record(step, {"query": q}, lasting, lse)
+
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         keys, values = kv_cache.memo.get("ascend") or views(kv_cache)
-        lasting = {"key": keys, "value": values, lse_flag: return_lse}
+        step, lasting = step_of(plan), {"key": keys, "value": values, lse_flag: return_lse}
         if sinks is not None:
             lasting["learnable_sink"] = sinks
-
-        def room() -> Tensor:
-            made: Tensor = q.new_empty(*q.shape[:2], 1, dtype=torch.float32) if return_lse else q.new_empty(1)
-            return made
-
-        o, lse = launch(step_of(plan), {"query": q.contiguous()}, lasting, room)
+        if capturing():
+            o, lse = captured(step, q.contiguous(), lasting, return_lse)
+        else:
+            o, lse = attend(query=q.contiguous(), **lasting, **step.keywords)
         return (o, lse.squeeze(-1)) if return_lse else o
 
     return Kernels(plan=plan, call=call, prepare_sinks=prepare_sinks)
@@ -221,15 +227,18 @@ def _ragged(b: Binding, names: Names) -> Kernels:
 def _absorbed(b: Binding, names: Names) -> Kernels:
     """The latent cache is key and value at once; the rotary parts of q and k go by names of their own. No LSE."""
     step_of = attrgetter(b.role)
-    plan, launch = _over_pages(b, names)
+    plan, attend, capturing, record = _over_pages(b, names)
 
     def call(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
-        (q_latent, q_rope), (latent, rope) = q, kv_cache.data
-        temporary = {"query": q_latent.contiguous(), "query_rope": q_rope.contiguous()}
-        lasting = {"key": latent, "value": latent, "key_rope": rope}
-        return launch(step_of(plan), temporary, lasting, lambda: q_latent.new_empty(q_latent.shape[0]))[0]
+        step, (q_latent, q_rope), (latent, rope) = step_of(plan), q, kv_cache.data
+        q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
+        if capturing():
+            temporary = {"query": q_latent, "query_rope": q_rope}
+            lasting = {"key": latent, "value": latent, "key_rope": rope}
+            return record(step, temporary, lasting, q_latent.new_empty(q_latent.shape[0]))[0]
+        return attend(query=q_latent, query_rope=q_rope, key=latent, value=latent, key_rope=rope, **step.keywords)[0]
 
     return Kernels(plan=plan, call=call)
