@@ -108,6 +108,17 @@ def random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tenso
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def gapped(t: Tensor, axis: int = 1) -> Tensor:
+    """The same numbers as part of a wider tensor, as an engine splits a projection's output. Between the parts is NaN.
+
+    ``axis``: the first of those that lie closely packed; 1 leaves gaps between rows, 2 also between heads.
+    """
+    *outer, inner = t.flatten(axis).shape
+    wide = t.new_full((*outer, 2 * inner), float("nan"))
+    wide[..., :inner] = t.flatten(axis)
+    return wide[..., :inner].unflatten(-1, t.shape[axis:])
+
+
 def table(lengths: Sequence[int], page_size: int, generator: torch.Generator, spare: int = 1) -> tuple[Tensor, int]:
     """A block table of shuffled pages, none twice and never page 0, and how many pages the cache needs."""
     counts = [-(-n // page_size) for n in lengths]
@@ -169,12 +180,11 @@ def step(group: BoundGroup, lengths: Lengths = MIXED, *, seed: int = 0, scales: 
     tokens = sum(lengths.query)
     if s.kind == "mla":
         parts = [random(g, dtype, tokens, s.num_heads, w) for w in (s.latent_dim or 0, s.rope_dim or 0)]
-        q: Any = tuple(parts) if group.mla_query == "split" else torch.cat(parts, -1)
+        q: Any = [gapped(part, 2) for part in (parts if group.mla_query == "split" else [torch.cat(parts, -1)])]
         k, v = random(g, dtype, tokens, s.latent_dim or 0), random(g, dtype, tokens, s.rope_dim or 0)
     else:
-        q = random(g, dtype, tokens, s.num_heads, s.head_dim)
-        if s.dual_chunk is not None:
-            q = (q, *(random(g, dtype, tokens, s.num_heads, s.head_dim) for _ in range(2)))
+        several = 1 if s.dual_chunk is None else 3
+        q = [gapped(random(g, dtype, tokens, s.num_heads, s.head_dim)) for _ in range(several)]
         k = random(g, dtype, tokens, s.num_kv_heads, s.head_dim)
         v = random(g, dtype, tokens, s.num_kv_heads, s.v_head_dim)
     if bounds is not None:
@@ -183,7 +193,8 @@ def step(group: BoundGroup, lengths: Lengths = MIXED, *, seed: int = 0, scales: 
         list(lengths.query), list(lengths.kv if bounds is None else bounds), block_table=block_table,
         slot_mapping=slots(block_table, lengths.query, lengths.kv, p), **batch_fields,
     )  # fmt: skip
-    return Step(group, batch, group.plan(batch), q, k, v, cache, extras(s, lengths, g))
+    q = q[0] if len(q) == 1 else tuple(q)
+    return Step(group, batch, group.plan(batch), q, gapped(k), gapped(v), cache, extras(s, lengths, g))
 
 
 def encode_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
@@ -193,7 +204,7 @@ def encode_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
     k = random(g, dtype, sum(lengths.kv), s.num_kv_heads, s.head_dim)
     v = random(g, dtype, sum(lengths.kv), s.num_kv_heads, s.v_head_dim)
     batch = Batch(list(lengths.query), list(lengths.kv), attn_type="encoder_only")
-    return Step(group, batch, group.plan(batch), q, k, v, None, extras(s, lengths, g))
+    return Step(group, batch, group.plan(batch), gapped(q), gapped(k), gapped(v), None, extras(s, lengths, g))
 
 
 def cross_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
@@ -205,4 +216,4 @@ def cross_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
     fill(cache, g)
     batch = Batch(list(lengths.query), list(lengths.kv), block_table=block_table, attn_type="cross")
     q = random(g, dtype, sum(lengths.query), s.num_heads, s.head_dim)
-    return Step(group, batch, group.plan(batch), q, None, None, cache, extras(s, lengths, g))
+    return Step(group, batch, group.plan(batch), gapped(q), None, None, cache, extras(s, lengths, g))

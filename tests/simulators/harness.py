@@ -39,6 +39,7 @@ from numerics.kernel_cases import (
     cross_step,
     encode_step,
     fill,
+    gapped,
     random,
     slots,
     step,
@@ -149,7 +150,8 @@ def make_step(group: BoundGroup, case: Case, seed: int = 0) -> Step:
 def wrong(made: Step, case: Case) -> list[str]:
     """What is wrong with the step's result; empty when nothing is.
 
-    Run as planned, without LSE, and with ``out=`` in a plan that served a step of other lengths and pages before.
+    Run as planned, into an ``out=`` with gaps without LSE, and into one without gaps, in a plan that served a step of
+    other lengths and pages before.
     """
     want, want_lse = _wanted(made, case)
     group = made.group
@@ -158,13 +160,14 @@ def wrong(made: Step, case: Case) -> list[str]:
     )
     refilled = replace(made, plan=group.plan(made.batch, out=before.plan))
     out = torch.full(tuple(want.shape), float("nan"), dtype=group.bindings[_any_role(group)].dtype)
+    runs = ((made, {}, case.lse), (made, {"out": gapped(out)}, False), (refilled, {"out": out}, case.lse))
     found = []
-    for step_of_two, given, asked in ((made, {}, case.lse), (made, {}, False), (refilled, {"out": out}, case.lse)):
+    for step_of_two, given, asked in runs:
         got = step_of_two.run(return_lse=asked, **given)
         if isinstance(got, Tensor) is asked:
             return [*found, f"return_lse={asked} gave {type(got).__name__}"]
         o, lse = got if asked else (got, None)
-        if given and o is not out:
+        if given and o is not given["out"]:
             found.append("out= was not returned")
         found += differences(o, want, o.dtype, lse=lse, want_lse=want_lse if asked else None, ulps=case.ulps)
     return found

@@ -35,7 +35,7 @@ class Pick:
     claims: frozenset[str] = frozenset()
 
 
-NATIVE = frozenset({"native_out"})
+NATIVE = frozenset({"native_out", "strided_out"})
 BOUND: list[Binding] = []
 """Every binding seen since a test cleared it."""
 

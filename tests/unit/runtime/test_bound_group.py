@@ -13,7 +13,7 @@ from simple_kernels import NATIVE, PAGE, Pick, causal, dense, group, install, pa
 from attn_core.errors import AttnCoreError, BadInputError, BindError, MissingKernelError
 from attn_core.runtime import Batch, Binding, BoundGroup, Capture, Kernels
 
-APPENDS = frozenset({"appends", "native_out"})
+APPENDS = frozenset({"appends", "native_out", "strided_out"})
 
 
 def qkv(batch: Batch, s: Any, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,6 +80,37 @@ def test_attributes_are_the_very_callables_that_bind_returned() -> None:
     assert g.write_kv is made["kv_write"].call
     e = group(spec(attn_type="encoder_only"), encode=pick)
     assert e.encode is made["encode"].call
+
+
+def test_an_output_with_gaps_reaches_only_kernels_that_claim_it() -> None:
+    """Many kernels take the strides of out from its shape and would fill the wrong places."""
+    given: list[torch.Tensor | None] = []
+
+    def bind(b: Binding) -> Kernels:
+        def call(q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *, out: Any = None, **_: Any) -> Any:
+            given.append(out)
+            return q + 1 if out is None else out.copy_(q + 1)
+
+        return Kernels(lambda batch, *, capture=None, out=None: batch, call)
+
+    q, wide = torch.randn(2, 6, 8), torch.full((2, 12, 8), 7.0)
+    gaps, packed = wide[:, :6], torch.empty(2, 6, 8)
+    seen: dict[str, list[bool]] = {}
+    for claims in ("", "native_out", "native_out strided_out"):
+        pick = Pick(bind=install(bind), claims=frozenset(claims.split()))
+        decode = group(spec(), prefill=pick, decode=pick, kv_write=pick).decode
+        given.clear()
+        for out in (gaps.zero_(), packed.zero_()):
+            assert decode(q, None, None, None, None, out=out) is out
+            assert torch.equal(out, q + 1)
+        assert torch.equal(decode(q, None, None, None, None), q + 1)
+        seen[claims] = [out is not None for out in given]
+    assert torch.equal(wide[:, 6:], torch.full((2, 6, 8), 7.0))
+    assert seen == {
+        "": [False, False, False],
+        "native_out": [False, True, False],
+        "native_out strided_out": [True, True, False],
+    }
 
 
 def test_an_encoders_step_and_an_appending_decodes_step_are_the_kernels_themselves() -> None:

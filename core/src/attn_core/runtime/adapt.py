@@ -5,7 +5,7 @@ Each is a closure made once at bind. A kernel that needs none of them is handed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,8 @@ def _same(x: Any) -> Any:
     return x
 
 
-def fitted(call: Attend, fit: Fit, *, native_out: bool, reads_kv: bool) -> Attend:
-    """``call`` as the engine may call it: padded inputs, cropped outputs, ``out=`` honoured.
+def fitted(call: Attend, fit: Fit, claims: Collection[str], *, reads_kv: bool) -> Attend:
+    """``call`` as the engine may call it: padded inputs, cropped outputs, ``out=`` honoured whatever its strides.
 
     Zeros change no score and the columns they add to the output are cut off. ``reads_kv``: the kernel looks at k and v
     and not only at the cache.
@@ -77,7 +77,9 @@ def fitted(call: Attend, fit: Fit, *, native_out: bool, reads_kv: bool) -> Atten
     inner = call if not (fit.more_heads or fit.more_width) else _with_wider_inputs(call, fit, reads_kv=reads_kv)
     if fit.more_heads or fit.more_v_width:
         return _with_cropped_output(inner, fit)
-    return inner if native_out else _with_out(inner)
+    if "strided_out" in claims:
+        return inner
+    return _with_packed_out(inner) if "native_out" in claims else _with_out(inner)
 
 
 def _with_wider_inputs(call: Attend, fit: Fit, *, reads_kv: bool) -> Attend:
@@ -136,6 +138,20 @@ def _with_out(call: Attend) -> Attend:
         if return_lse:
             return out.copy_(got[0]), got[1]
         return out.copy_(got)
+
+    return attend
+
+
+def _with_packed_out(call: Attend) -> Attend:
+    """Many kernels take the strides of ``out`` from its shape: one with gaps would be filled in the wrong places."""
+    copying = _with_out(call)
+
+    def attend(
+        q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
+        sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
+    ) -> Any:  # fmt: skip
+        fill = call if out is None or out.is_contiguous() else copying
+        return fill(q, k, v, kv_cache, plan, sinks=sinks, indices=indices, bias=bias, out=out, return_lse=return_lse)
 
     return attend
 

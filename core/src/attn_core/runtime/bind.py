@@ -43,7 +43,7 @@ class Choice(Protocol):
 
     @property
     def claims(self) -> Collection[str]:
-        """Of ``appends`` and ``native_out``."""
+        """Of ``appends``, ``native_out`` and ``strided_out``."""
 
 
 @dataclass(frozen=True, kw_only=True)

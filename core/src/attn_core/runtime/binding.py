@@ -67,7 +67,9 @@ class Kernels:
 
     ``call(q, k, v, kv_cache, plan, *, sinks=None, indices=None, bias=None, out=None, return_lse=False)`` attends;
     ``plan`` is the group's plan, so a decode kernel reads ``plan.decode``. Shapes are packed
-    ``(tokens, heads, width)``. Returns the output, or ``(output, lse)``.
+    ``(tokens, heads, width)``; q, k and v are often parts of one tensor, so their rows and heads may have gaps between
+    them, but no row within. ``out`` has none, unless the kernel claims ``strided_out``. Returns the output, or
+    ``(output, lse)``.
 
     Role ``kv_write``: ``call(k, v, kv_cache, plan)`` writes new keys at the batch's slots; ``gather(kv_cache, plan,
     chunk)`` reads them back as packed rows.

@@ -66,7 +66,7 @@ class BoundGroup:
     """One group's kernels. Attributes are plain functions; nothing is looked up or chosen when they are called.
 
     ``prefill``, ``decode`` and ``encode`` *are* what the backend's bind returned, unless the kernel is wider than the
-    model (padding), cannot fill ``out=``, or wants sinks of its own: then they are a closure around it, made here.
+    model (padding), cannot fill every ``out=``, or wants sinks of its own: then they are a closure made here.
     A unified kernel's plan covers all rows, so a mixed batch goes through ``forward``.
     """
 
@@ -381,7 +381,7 @@ class BoundGroup:
 def _call_of(b: Bound, role: str) -> Attend:
     """A role's kernel as the engine calls it. Decode looks at k and v only when it appends them itself."""
     reads_kv = role != "decode" or "appends" in b.claims
-    return fitted(b.kernels.call, b.fit, native_out="native_out" in b.claims, reads_kv=reads_kv)
+    return fitted(b.kernels.call, b.fit, b.claims, reads_kv=reads_kv)
 
 
 def _new_tokens(batch: Batch) -> Batch | None:

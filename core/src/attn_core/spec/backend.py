@@ -183,7 +183,7 @@ class BackendSpec:
         return hash(self.content)
 
     def claims(self, name: str) -> bool:
-        """Whether a claim-scope feature (``appends``, ``native_out``) is made."""
+        """Whether a claim-scope feature (``appends``, ``native_out``, ``strided_out``) is made."""
         return name in self.accepts and True in self.accepts[name]
 
 

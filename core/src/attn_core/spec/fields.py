@@ -101,7 +101,8 @@ _TABLE = (
           unknown_passes=True),
     # what a kernel does beyond the minimum; read by the runtime, never demanded by a model ------------------------
     Field("appends", "claim", bool, OFF, "", "the kernel writes the new k, v itself"),
-    Field("native_out", "claim", bool, OFF, "", "out= is filled without a copy"),
+    Field("native_out", "claim", bool, OFF, "", "out= is filled without a copy where its memory has no gaps"),
+    Field("strided_out", "claim", bool, OFF, "", "and where it has gaps between rows and heads"),
 )  # fmt: skip
 
 FIELDS: dict[str, Field] = {f.name: f for f in _TABLE}

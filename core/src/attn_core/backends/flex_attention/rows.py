@@ -27,6 +27,7 @@ _ALWAYS: Mapping[str, Any] = {
     "sinks": True,
     "lse": True,
     "native_out": True,
+    "strided_out": True,
 }
 _POSITIONS: Mapping[str, Any] = {"sliding_window": True, "attention_chunk": True, "alibi": True}
 _PAGED: Mapping[str, Any] = {"kv_layout": OneOf("NHD", "HND"), "page_size": ANY}

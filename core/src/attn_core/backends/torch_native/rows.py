@@ -19,6 +19,7 @@ _ALWAYS: Mapping[str, Any] = {
     "deterministic": True,
     "lse": True,
     "native_out": True,
+    "strided_out": True,
 }
 _PAGED: Mapping[str, Any] = {"kv_cache_dtype": KV_DTYPES, "page_size": ANY, "host_lengths": OneOf("exact", "bounds")}
 _HEADS: Mapping[str, Any] = {**_PAGED, "kv_layout": OneOf("NHD", "HND"), "unequal_v": True}

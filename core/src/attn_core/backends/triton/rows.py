@@ -24,6 +24,7 @@ _ALWAYS: Mapping[str, Any] = {
     "deterministic": True,
     "lse": True,
     "native_out": True,
+    "strided_out": True,
 }
 _PAGED: Mapping[str, Any] = {"page_size": ANY, "host_lengths": OneOf("exact", "bounds")}
 _HEADS: Mapping[str, Any] = {**_ALWAYS, **_PAGED, "kv_layout": OneOf("NHD", "HND")}

@@ -64,8 +64,8 @@ def bind(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         keys, values = pages(kv_cache)
-        whole = out if out is not None and out.is_contiguous() else q.new_empty(q.shape)
-        attend(query=q, key_cache=keys, value_cache=values, **step_of(plan).keywords, out=whole)
-        return whole if out is None or whole is out else out.copy_(whole)
+        out = q.new_empty(q.shape) if out is None else out
+        attend(query=q, key_cache=keys, value_cache=values, **step_of(plan).keywords, out=out)
+        return out
 
     return Kernels(plan=refilled(lambda capture: Step(page_size, capture, always, single=single)), call=call)

@@ -90,15 +90,15 @@ def _bind_decode(b: Binding) -> Kernels:
         step: Step = plan.decode
         keys, values = sides(kv_cache)
         args = step.args.copy()
-        whole = _room(q, out, values.shape[-1])
-        args[q_at], args[k_at], args[v_at], args[out_at] = q, keys, values, whole
+        out = q.new_empty(*q.shape[:2], values.shape[-1]) if out is None else out
+        args[q_at], args[k_at], args[v_at], args[out_at] = q, keys, values, out
         if sinks_at is not None:
             args[sinks_at] = sinks
         if rewrites:
             args[key_at] = newest = keys.index_select(0, step.new)
             args[value_at] = newest[..., : values.shape[-1]] if b.form else values.index_select(0, step.new)
         arguments.call(*args)
-        return whole if out is None or whole is out else out.copy_(whole)
+        return out
 
     return Kernels(plan=plan, call=attend, prepare_sinks=prepare_sinks)
 
@@ -131,8 +131,8 @@ def _bind_prefill(b: Binding) -> Kernels:
         step: Step = plan.prefill
         keys, values = sides(kv_cache)
         args = step.args.copy()
-        whole = _room(q, out, values.shape[-1])
-        args[q_at], args[k_at], args[v_at], args[out_at] = q, keys, values, whole
+        out = q.new_empty(*q.shape[:2], values.shape[-1]) if out is None else out
+        args[q_at], args[k_at], args[v_at], args[out_at] = q, keys, values, out
         if sinks_at is not None:
             args[sinks_at] = sinks
         if absorbed:
@@ -142,7 +142,7 @@ def _bind_prefill(b: Binding) -> Kernels:
             k, v = keys.index_select(0, step.new), values.index_select(0, step.new)
         args[key_at], args[value_at] = k, v
         arguments.call(*args)
-        return whole if out is None or whole is out else out.copy_(whole)
+        return out
 
     return Kernels(plan=plan, call=attend, prepare_sinks=prepare_sinks)
 
@@ -228,11 +228,6 @@ def _refilled(out: Step | None, args: list[Any], new: Tensor, logits: Tensor | N
         return Step(args, new, logits)
     out.args, out.new, out.logits = args, new, logits
     return out
-
-
-def _room(q: Tensor, out: Tensor | None, width: int) -> Tensor:
-    """Where the operator may write: the caller's tensor, or a new one when that has gaps."""
-    return out if out is not None and out.is_contiguous() else q.new_empty(*q.shape[:2], width)
 
 
 def prepare_sinks(sinks: Tensor) -> Tensor:

@@ -69,15 +69,15 @@ def _bind_paged(b: Binding) -> Kernels:
         return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step: Step = step_of(plan)
-        whole = out if out is not None and out.is_contiguous() else q.new_empty(q.shape)
+        out = q.new_empty(q.shape) if out is None else out
         k_descale, v_descale = descales(kv_cache, step.lens.shape[0]) if quantised else (None, None)
         got = kernel(
             q, kv_cache.k, kv_cache.v, max_seqlen_q=step.max_queries, cu_seqlens_q=step.query_starts,
             max_seqlen_k=step.max_keys, seqused_k=step.lens, softmax_scale=scale, causal=True, window_size=window,
-            block_table=step.table, return_softmax_lse=return_lse, out=whole, k_descale=k_descale,
+            block_table=step.table, return_softmax_lse=return_lse, out=out, k_descale=k_descale,
             v_descale=v_descale, s_aux=sinks,
         )  # fmt: skip
-        return _answer(got, whole, out, return_lse)
+        return (out, got[1].t()) if return_lse else out
 
     return Kernels(plan=plan, call=attend, prepare_sinks=_of_dtype(dtype) if b.spec.sinks else None)
 
@@ -94,13 +94,13 @@ def _bind_encode(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Tensor | None = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step: Step = plan.encode
-        whole = out if out is not None and out.is_contiguous() else q.new_empty(q.shape)
+        out = q.new_empty(q.shape) if out is None else out
         got = kernel(
             q, k, v, max_seqlen_q=step.max_queries, cu_seqlens_q=step.query_starts, max_seqlen_k=step.max_keys,
             cu_seqlens_k=step.lens, softmax_scale=scale, causal=False, window_size=window,
-            return_softmax_lse=return_lse, out=whole,
+            return_softmax_lse=return_lse, out=out,
         )  # fmt: skip
-        return _answer(got, whole, out, return_lse)
+        return (out, got[1].t()) if return_lse else out
 
     return Kernels(plan=plan, call=attend)
 
@@ -139,11 +139,6 @@ def _descales(kv_heads: int) -> Callable[[KVCache, int], tuple[Tensor, Tensor]]:
         return found
 
     return descales
-
-
-def _answer(got: Any, whole: Tensor, out: Tensor | None, return_lse: bool) -> Any:
-    o = whole if out is None or whole is out else out.copy_(whole)
-    return (o, got[1].t()) if return_lse else o
 
 
 def _of_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -81,18 +81,18 @@ def bind(b: Binding) -> Kernels:
             raise _refusal(q, dtype)
         s: Step = step_of(plan)
         keys, values = halves(kv_cache)
-        whole = out if out is not None and out.is_contiguous() else q.new_empty(q.shape)
+        out = q.new_empty(q.shape) if out is None else out
         if quantised:
             call(
-                q, keys, values, whole, s.query_starts, s.kv_lens, scale, causal, slopes, window, s.block_table,
+                q, keys, values, out, s.query_starts, s.kv_lens, scale, causal, slopes, window, s.block_table,
                 softcap, s.metadata, sinks, None, kv_cache.k_scale, kv_cache.v_scale, kv_cache_dtype,
             )  # fmt: skip
         else:
             call(
-                q, keys, values, whole, s.query_starts, s.kv_lens, scale, causal, slopes, window, s.block_table,
+                q, keys, values, out, s.query_starts, s.kv_lens, scale, causal, slopes, window, s.block_table,
                 softcap, s.metadata, sinks, None,
             )  # fmt: skip
-        return whole if out is None or whole is out else out.copy_(whole)
+        return out
 
     return Kernels(plan=plan, call=attend, prepare_sinks=prepare_sinks)
 
