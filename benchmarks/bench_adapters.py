@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from numerics.kernel_cases import Lengths, Step
 from simulators import (
     ascend_npu,
+    cuda_cutlass_mla,
     cuda_fa2,
     cuda_fa3,
     cuda_fa4,
@@ -30,8 +31,10 @@ from simulators import (
     cuda_flashinfer,
     cuda_vllm_flash,
     intel_xpu,
+    intel_xpu_mla,
     musa_mate,
     rocm_aiter,
+    rocm_wave,
 )
 from simulators.harness import Case, Rows, bound, device, make_step, rows_of
 from simulators.standin import Empty, StandIn, installed
@@ -42,22 +45,36 @@ SCHEDULE = cuda_flash_mla.FlashMLASchedMeta
 ADAPTERS: tuple[tuple[str, str, str, dict[str, Any], bool, tuple[StandIn, ...]], ...] = (
     ("cuda", "fa3", "sm_90", {}, True, (cuda_fa3.stand_in(),)),
     ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", {}, True, (cuda_vllm_flash.stand_in(),)),
+    ("cuda", "fa3 flash:bind_upstream_fa3", "sm_90", {}, True, (cuda_fa3.upstream(),)),
     ("cuda", "fa2 flash:bind_vllm_fa2", "sm_80", {}, True, (cuda_vllm_flash.stand_in(8),)),
     ("cuda", "fa2 fa2:bind", "sm_80", {}, True, (cuda_fa2.stand_in(),)),
     ("cuda", "fa4", "sm_100", {}, True, (cuda_fa4.stand_in(),)),
+    ("cuda", "fa4 flash:bind_vllm_fa4", "sm_100", {}, True, (cuda_vllm_flash.stand_in(10),)),
     ("cuda", "flashinfer", "sm_80", {}, True, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "flashinfer", "sm_120", {}, False, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "flashinfer_sinks", "sm_80", {"sinks": True}, False, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "flashinfer_sinks", "sm_120", {"sinks": True}, False, (cuda_flashinfer.stand_in(),)),
     ("cuda", "trtllm_mha", "sm_100", {}, False, (cuda_flashinfer.stand_in(),)),
     ("cuda", "flashinfer", "sm_90", MLA, False, (cuda_flashinfer.stand_in(),)),
     ("cuda", "fa3", "sm_90", MLA, True, (cuda_fa3.stand_in(),)),
     ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", MLA, True, (cuda_vllm_flash.stand_in(),)),
     ("cuda", "flashmla", "sm_90", MLA, True, (*cuda_flash_mla.stand_ins(), cuda_flashinfer.stand_in())),
+    ("cuda", "fa3 flash:bind_upstream_fa3", "sm_90", MLA, True, (cuda_fa3.upstream(),)),
+    ("cuda", "cutlass_mla", "sm_100", MLA, True, (cuda_cutlass_mla.stand_in(), cuda_flashinfer.stand_in())),
     ("cuda", "trtllm_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
+    ("cuda", "cutedsl_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
     ("musa", "fa3", "mp31", {}, True, (musa_mate.stand_in(),)),
+    ("musa", "fa3", "mp31", MLA, True, (musa_mate.stand_in(),)),
+    ("musa", "flashmla", "mp31", MLA, True, (musa_mate.stand_in(),)),
     ("rocm", "aiter", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
+    ("rocm", "aiter unified:bind", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
+    ("rocm", "aiter", "gfx942", MLA, True, (rocm_aiter.stand_in(),)),
+    ("rocm", "wave", "gfx942", {}, False, (rocm_wave.stand_in(),)),
     ("ascend", "ascend", "910b", {}, True, (ascend_npu.stand_in(),)),
     ("ascend", "ascend", "910b", MLA, False, (ascend_npu.stand_in(),)),
     ("ascend", "ascend", "310p", {"dtype": "float16"}, False, (ascend_npu.stand_in(),)),
     ("intel", "intel_xpu", "bmg", {}, False, (intel_xpu.stand_in(),)),
+    ("intel", "intel_xpu", "bmg", MLA, False, (intel_xpu_mla.stand_in(),)),
 )
 """plugin, backend (with what binds it, where several packages have it), arch, fields of the spec, whether LSE is
 claimed, what stands in."""
@@ -66,6 +83,12 @@ claimed, what stands in."""
 ANSWERS = {
     "is_current_stream_capturing": lambda: False,
     "get_npu_format": lambda t: 29,
+    "sm100_cutlass_mla_get_workspace_size": lambda *a: 0,
+    "flash_mla_get_workspace_size": lambda *a: 0,
+    "decode_attention_intermediate_arrays_shapes": lambda rows, width, heads, n: (
+        (n, rows, heads, width),
+        (n, rows, heads),
+    ),
     "empty_with_format": lambda size, dtype, device, acl_format: torch.zeros(size, dtype=dtype, device=device),
 }
 """Of functions that say or make something."""
@@ -91,7 +114,7 @@ def empties(stand_ins: tuple[StandIn, ...], answer: Any, scheduled: torch.Tensor
             return ANSWERS[leaf]
         if "metadata" in name or "Metadata" in name:
             if name.endswith("get_mla_metadata"):
-                return lambda: (SCHEDULE(), None)
+                return lambda *a: (scheduled, scheduled) if a else (SCHEDULE(), None)
             if name.endswith("get_mla_decoding_metadata"):
                 return lambda *a, **k: (scheduled, scheduled)
             return lambda *a, **k: scheduled
@@ -117,8 +140,12 @@ def decode_step(rows: Rows, spec: dict[str, Any], lse: bool, sequences: int, sta
             rows,
             Case(name="", spec=spec if spec == MLA else {**HEADS, **spec}, lse=lse),
         )
-    lengths = Lengths((1,) * sequences, tuple(100 + i % 50 for i in range(sequences)))
-    return make_step(group, Case(name="", lengths=lengths))
+    # about as many pages whatever their size: lists of pages are made on the device, which a CPU stands for here
+    shortest, more = (7, 4) if group.page_size == 1 else (100, 50)
+    lengths = Lengths((1,) * sequences, tuple(shortest + i % more for i in range(sequences)))
+    made = make_step(group, Case(name="", lengths=lengths))
+    made.q = tuple(t.contiguous() for t in made.q) if isinstance(made.q, tuple) else made.q.contiguous()
+    return made
 
 
 def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
@@ -126,7 +153,8 @@ def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
     flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
     if backend in ("fa2 fa2:bind", "flashmla", "trtllm_mla"):  # batched interfaces
         flat = flat[:, None]
-    return (flat, None) if backend in ("fa4", "flashmla", "ascend") else flat
+    pair = backend in ("fa4", "flashmla", "ascend") or (backend == "aiter" and spec == MLA)
+    return (flat, None) if pair else flat
 
 
 def adapters() -> Iterator[Result]:
@@ -142,12 +170,18 @@ def adapters() -> Iterator[Result]:
 def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_ins: tuple[StandIn, ...]) -> Result:
     answer = answer_for(spec, backend, 4)
     step = decode_step(rows, spec, False, 4, empties(stand_ins, answer, torch.zeros(5, dtype=torch.int32)))
-    call = step.group._bound["decode"].kernels.call
+    kernel = step.group._bound["decode"].kernels.call
+    more = {"sinks": step.group.prepare_sinks(step.extra["sinks"])} if "sinks" in step.extra else {}
     q = step.q[0] if isinstance(step.q, tuple) else step.q
     out = torch.empty(*q.shape[:2], step.group.bindings["decode"].v_head_dim, dtype=q.dtype)
-    bare = bare_call(lambda: call(step.q, None, None, step.cache, step.plan, out=out), step, answer)
-    through = cpu_time(lambda: call(step.q, None, None, step.cache, step.plan, out=out))
-    alone = cpu_time(bare)
+
+    args, given = (step.q, None, None, step.cache, step.plan), {"out": out, **more}
+
+    def call() -> Any:
+        return kernel(*args, **given)
+
+    bare = bare_call(call, step, answer)
+    through, alone = cpu_time(call), cpu_time(bare)
     added = [(a - b) * 1e6 for a, b in zip(sorted(through), sorted(alone))]
     return result(f"{name}: decode call over the vendor's", added, "us CPU", limit=1)
 
@@ -193,6 +227,8 @@ def with_views(
             return (got[0] if pair else got).view(-1, heads, out_width)
 
         return batched
+    if isinstance(q, tuple):
+        return lambda: vendor(*args, **kwargs)
     if latent_as := {"qv", "q_v"} & set(kwargs):
         (name,) = latent_as
         widths = (kwargs.pop(name).shape[-1], first.shape[-1])
@@ -202,6 +238,9 @@ def with_views(
             return vendor(rope, *rest, **{name: latent}, **kwargs)
 
         return split
+    if args[2:] and args[2].shape[-1] < q.shape[-1] and args[2].data_ptr() == q.data_ptr():  # after the output and its LSE
+        before, after, sizes = args[:2], args[4:], (args[2].shape[-1], args[3].shape[-1])
+        return lambda: vendor(*before, *q.split_with_sizes(sizes, -1), *after, **kwargs)
     return lambda: vendor(*args, **kwargs)
 
 

@@ -114,10 +114,10 @@ MUTATIONS_OF_VLLM = mutations(f"{KERNELS}.flash", {
     "vllm fa2 with metadata": ("schedules=version == 3", "schedules=True"),
     "vllm fa2 as fa3": ("vllm(VLLM_FA2, 2)", "vllm(VLLM_FA2, 3)"),
     "vllm fa2 lse heads first": ("(got[0], got[1].T)", "(got[0], got[1])", 4),
-    "vllm fa2 another role's step": ("_function(package, package.paged), attrgetter(b.role), package.sinks", '_function(package, package.paged), attrgetter("decode"), package.sinks'),
+    "vllm fa2 another role's step": ("package.paged), attrgetter(b.role)", 'package.paged), attrgetter("decode")', 2),
     "vllm fa2 told the longest query": ("longest = step.max_kv if", "longest = step.max_query if"),
     "vllm fa2 in many splits": ('"num_splits": 1 if b.options.deterministic else 0', '"num_splits": 2 if b.options.deterministic else 0'),
-    "vllm fa2 out ignored": ("out=out", "out=None", 4),
+    "vllm fa2 out ignored": ('"out": out', '"out": None', 3),
 })  # fmt: skip
 ALL_MUTATIONS = [*((UPSTREAM, m) for m in MUTATIONS), *((VLLM, m) for m in MUTATIONS_OF_VLLM)]
 

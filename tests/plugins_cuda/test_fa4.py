@@ -113,7 +113,7 @@ MUTATIONS_OF_VLLM = mutations(f"{KERNELS}.flash", {
     "vllm fa4 with metadata": ("schedules=version == 3", "schedules=True"),
     "vllm fa4 scale dropped": ('"softmax_scale": b.scale, ', ""),
     "vllm fa4 window dropped": ('"window_size": both_sides(b),', ""),
-    "vllm fa4 sinks dropped in 8 bits": ("**step.given, **{sinks_as: sinks}, out=out, return_softmax_lse=return_lse,\n", "**step.given, out=out, return_softmax_lse=return_lse,\n"),
+    "vllm fa4 sinks dropped in 8 bits": ('{sinks_as: sinks, "out": out}', '{"out": out}', 3),
     "vllm fa4 k descale dropped": ("            k_descale=kv_cache.k_scale_t.expand(step.rows, kv_heads),\n", ""),
     "vllm fa4 v descale dropped": ("            v_descale=kv_cache.v_scale_t.expand(step.rows, kv_heads),\n", ""),
     "vllm fa4 descales swapped": ("k_descale=kv_cache.k_scale_t", "k_descale=kv_cache.v_scale_t"),
@@ -121,7 +121,7 @@ MUTATIONS_OF_VLLM = mutations(f"{KERNELS}.flash", {
     "vllm fa4 descales of all heads": ("k_descale=kv_cache.k_scale_t.expand(step.rows, kv_heads)", "k_descale=kv_cache.k_scale_t[..., :1].expand(step.rows, kv_heads) if kv_cache.k_scale_t.dim() else kv_cache.k_scale_t.expand(step.rows, kv_heads)"),
     "vllm fa4 q in 16 bits": ("q.clamp(-limit, limit).to(torch.float8_e4m3fn)", "q"),
     "vllm fa4 chosen by the model's dtype": ("if b.kv_dtype == torch.float8_e4m3fn", "if b.dtype == torch.float8_e4m3fn"),
-    "vllm fa4 out ignored": ("out=out", "out=None", 4),
+    "vllm fa4 out ignored": ('"out": out', '"out": None', 3),
 })  # fmt: skip
 ALL_MUTATIONS = [*((OWN, m) for m in MUTATIONS), *((VLLM, m) for m in MUTATIONS_OF_VLLM)]
 

@@ -299,12 +299,17 @@ MUTATIONS = [
     Mutation("mla lse transposed", MLA, "(out, lse)", "(out, lse.T)"),
     Mutation("mla q as it comes", MLA, "q.contiguous()", "q.transpose(0, 1).contiguous().transpose(0, 1)", 2),
     Mutation("mla prefill scale left to the default", MLA, "step.max_query, sm_scale=scale,\n", "step.max_query,\n"),
-    Mutation("mla prefill output left out", MLA, "tokens(kv_cache), made,", "tokens(kv_cache), made.clone(),"),
+    Mutation(
+        "mla prefill output left out",
+        MLA,
+        "            q.contiguous(), tokens(kv_cache), out, step.cu_query, step.indptr, step.indices, step.last",
+        "            q.contiguous(), tokens(kv_cache), out.clone(), step.cu_query, step.indptr, step.indices, step.last",
+    ),
     Mutation(
         "mla prefill keys of the queries",
         MLA,
-        "made, step.cu_query, step.indptr,",
-        "made, step.cu_query, step.cu_query,",
+        "out, step.cu_query, step.indptr, step.indices, step.last",
+        "out, step.cu_query, step.cu_query, step.indices, step.last",
     ),
     Mutation(
         "mla prefill longest of the keys",
@@ -315,8 +320,9 @@ MUTATIONS = [
     Mutation(
         "mla prefill output turned",
         MLA,
-        "made = q.new_empty(q.shape[0], q.shape[1], latent)",
-        "made = q.new_empty(q.shape[1], q.shape[0], latent).transpose(0, 1)",
+        "out = q.new_empty(q.shape[0], q.shape[1], latent)",
+        "out = q.new_empty(q.shape[1], q.shape[0], latent).transpose(0, 1)",
+        2,
     ),
 ]
 

@@ -174,8 +174,8 @@ MUTATIONS = mutations(ADAPTER, {
     "scratch of the step before": ("if self.parts.shape != parts or", "if self.parts.numel() == 0 or"),
     "fewer splits than planned": ("step.splits, SPLITS,", "step.splits, SPLITS - 1,"),
     "pages for tokens": ("(k.flatten(0, 1), v.flatten(0, 1))", "(k, v)"),
-    "output not returned": ("        return made\n\n    return Kernels(plan=plan, call=call)\n\n\nclass", "        return q\n\n    return Kernels(plan=plan, call=call)\n\n\nclass"),
-    "q as it comes": ("        q = q.contiguous()\n        made = torch.empty_like(q)\n", "        made = torch.empty_like(q)\n", 2),
+    "output not returned": ("        return out\n\n    return Kernels(plan=plan, call=call)\n\n\nclass", "        return q\n\n    return Kernels(plan=plan, call=call)\n\n\nclass"),
+    "q as it comes": ("        q = q.contiguous()\n", "", 2),
 })  # fmt: skip
 
 

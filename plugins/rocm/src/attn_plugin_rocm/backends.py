@@ -159,7 +159,7 @@ def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
     )
     # Prefill on the latent cache, behind the materialised one: for widths that has no kernel for. Nothing states the
     # base of its LSE: refused.
-    extend = {k: v for k, v in latent.items() if k not in ("lse", "native_out")} | {"graph": NOT_CAPTURED}
+    extend = {k: v for k, v in latent.items() if k != "lse"} | {"graph": NOT_CAPTURED}
     yield from table(
         "aiter",
         "AITER aiter/mla.py:mla_prefill_fwd, csrc/py_itfs_cu/asm_mla.cu:mla_prefill_asm_fwd (16 or 128 heads), "
@@ -188,7 +188,8 @@ def _aiter_mla(cache: list[str]) -> Iterable[BackendSpec]:
 
 # Behind Triton: for those who name it. It indexes by token and compiles per shape. Decode drops the scale it is given,
 # and a block of its heads must not reach into the next group.
-_WAVE_ANY = {"dtype": ["bfloat16", "float16"], "head_dim": [64, 128], "logit_softcap": True, "page_size": [1]}
+_WAVE_ANY = {"dtype": ["bfloat16", "float16"], "head_dim": [64, 128], "logit_softcap": True, "page_size": [1],
+             "native_out": True}  # fmt: skip
 _WAVE = table(
     "wave",
     "SGLang wave_backend.py, wave_ops/, test_wave_attention_kernels.py; wave-lang 3.9.1 kernel/wave/templates "

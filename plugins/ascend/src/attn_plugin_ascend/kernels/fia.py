@@ -190,13 +190,13 @@ def _paged(b: Binding, names: Names) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         keys, values = kv_cache.memo.get("ascend") or views(kv_cache)
-        step, lasting = step_of(plan), {"key": keys, "value": values, lse_flag: return_lse}
+        step, more = step_of(plan), {lse_flag: return_lse}
         if sinks is not None:
-            lasting["learnable_sink"] = sinks
+            more["learnable_sink"] = sinks
         if capturing():
-            o, lse = captured(step, q.contiguous(), lasting, return_lse)
+            o, lse = captured(step, q.contiguous(), {"key": keys, "value": values, **more}, return_lse)
         else:
-            o, lse = attend(query=q.contiguous(), **lasting, **step.keywords)
+            o, lse = attend(query=q.contiguous(), key=keys, value=values, **more, **step.keywords)
         return (o, lse.squeeze(-1)) if return_lse else o
 
     return Kernels(plan=plan, call=call, prepare_sinks=prepare_sinks)

@@ -50,14 +50,12 @@ class Package:
     """Whether the function over pages is told the longest key length; others go by what the block table can hold."""
     schedules: bool = True
     """Whether it takes scheduler metadata."""
-    lacks: tuple[str, ...] = ()
-    """Keywords of a call that it does not have."""
+    takes_out: bool = True
+    """Whether its functions have ``out`` and sinks."""
 
 
 SGL = Package(SGL_KERNEL, "sgl_kernel.flash_attn")
-UPSTREAM = Package(
-    FLASH_ATTN_3, "flash_attn_interface", ragged_lse="return_attn_probs", lacks=("out", "sinks")
-)  # fmt: skip
+UPSTREAM = Package(FLASH_ATTN_3, "flash_attn_interface", ragged_lse="return_attn_probs", takes_out=False)
 
 
 def vllm(requirement: Requirement, version: int) -> Package:
@@ -97,22 +95,6 @@ def _bind(b: Binding, package: Package) -> Kernels:
 
 def bfloat16_sinks(sinks: Tensor) -> Tensor:
     return sinks.to(torch.bfloat16).contiguous()
-
-
-def _function(package: Package, name: str) -> Callable[..., Any]:
-    """A function of the package that can be called with every keyword: one it lacks is left out while it is None."""
-    function: Callable[..., Any] = load(package.requirement, package.module, name)
-    lacks = package.lacks
-    if not lacks:
-        return function
-
-    def call(*args: Any, **given: Any) -> Any:
-        for name in lacks:
-            if given[name] is None:
-                del given[name]
-        return function(*args, **given)
-
-    return call
 
 
 def _always(b: Binding, package: Package) -> dict[str, Any]:
@@ -194,7 +176,8 @@ def _over_pages(b: Binding, package: Package, *, scheduled: bool) -> Callable[..
 
 
 def _paged(b: Binding, package: Package) -> Kernels:
-    attend, step_of, sinks_as = _function(package, package.paged), attrgetter(b.role), package.sinks
+    attend, step_of = load(package.requirement, package.module, package.paged), attrgetter(b.role)
+    sinks_as, takes_out = package.sinks, package.takes_out
     kv_heads, limit = b.num_kv_heads, torch.finfo(torch.float8_e4m3fn).max
     plan = _over_pages(b, package, scheduled=package.schedules and b.role == "decode")
 
@@ -202,22 +185,20 @@ def _paged(b: Binding, package: Package) -> Kernels:
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
-        step = step_of(plan)
-        got = attend(
-            q, kv_cache.k, kv_cache.v, **step.given, **{sinks_as: sinks}, out=out, return_softmax_lse=return_lse
-        )
+        step, given = step_of(plan), {sinks_as: sinks, "out": out} if takes_out or sinks is not None else {}
+        got = attend(q, kv_cache.k, kv_cache.v, **step.given, **given, return_softmax_lse=return_lse)
         return (got[0], got[1].T) if return_lse else got
 
     def call_fp8(
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
-        step = step_of(plan)
+        step, given = step_of(plan), {sinks_as: sinks, "out": out} if takes_out or sinks is not None else {}
         got = attend(
             q.clamp(-limit, limit).to(torch.float8_e4m3fn), kv_cache.k, kv_cache.v,
             k_descale=kv_cache.k_scale_t.expand(step.rows, kv_heads),
             v_descale=kv_cache.v_scale_t.expand(step.rows, kv_heads),
-            **step.given, **{sinks_as: sinks}, out=out, return_softmax_lse=return_lse,
+            **step.given, **given, return_softmax_lse=return_lse,
         )  # fmt: skip
         return (got[0], got[1].T) if return_lse else got
 
@@ -230,8 +211,8 @@ def _paged(b: Binding, package: Package) -> Kernels:
 
 def _ragged(b: Binding, package: Package) -> Kernels:
     """Keys in memory: encoders, and materialised MLA."""
-    attend, step_of, always = _function(package, "flash_attn_varlen_func"), attrgetter(b.role), _always(b, package)
-    sinks_as, lse_as = package.sinks, package.ragged_lse
+    attend, step_of = load(package.requirement, package.module, "flash_attn_varlen_func"), attrgetter(b.role)
+    always, sinks_as, lse_as, takes_out = _always(b, package), package.sinks, package.ragged_lse, package.takes_out
 
     def plan(batch: Batch, *, capture: Capture | None = None, out: Rows | None = None) -> Rows:
         step = Rows() if out is None else out
@@ -246,7 +227,8 @@ def _ragged(b: Binding, package: Package) -> Kernels:
         q: Any, k: Any, v: Any, kv_cache: Any, plan: Any, *,
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
-        got = attend(q, k, v, **step_of(plan).given, **{sinks_as: sinks, lse_as: return_lse}, out=out)
+        given = {sinks_as: sinks, "out": out} if takes_out or sinks is not None else {}
+        got = attend(q, k, v, **step_of(plan).given, **given, **{lse_as: return_lse})
         return (got[0], got[1].T) if return_lse else got
 
     return Kernels(plan=plan, call=call)
@@ -254,8 +236,9 @@ def _ragged(b: Binding, package: Package) -> Kernels:
 
 def _absorbed(b: Binding, package: Package) -> Kernels:
     """One key/value head: the cache's rotary part is k, its latent part v, and q's latent part goes along."""
-    attend, step_of = _function(package, package.paged), attrgetter(b.role)
+    attend, step_of = load(package.requirement, package.module, package.paged), attrgetter(b.role)
     latent, split, latent_as, sinks_as = b.v_head_dim, b.mla_query == "split", package.latent, package.sinks
+    takes_out = package.takes_out
     widths = (latent, b.head_dim - latent)
 
     def views(kv_cache: Any) -> tuple[Tensor, Tensor]:
@@ -270,10 +253,10 @@ def _absorbed(b: Binding, package: Package) -> Kernels:
         step = step_of(plan)
         rope, latents = kv_cache.memo.get("fa3") or views(kv_cache)
         q_latent, q_rope = q if split else q.split_with_sizes(widths, -1)
-        got = attend(
-            q_rope, rope, latents, **step.given, **{latent_as: q_latent, sinks_as: sinks}, out=out,
-            return_softmax_lse=return_lse,
-        )  # fmt: skip
+        given = {latent_as: q_latent}
+        if takes_out or sinks is not None:
+            given[sinks_as], given["out"] = sinks, out
+        got = attend(q_rope, rope, latents, **step.given, **given, return_softmax_lse=return_lse)
         return (got[0], got[1].T) if return_lse else got
 
     return Kernels(plan=_over_pages(b, package, scheduled=False), call=call)

@@ -40,7 +40,7 @@ class Tiled(Paged):
 def bind(b: Binding) -> Kernels:
     attend, get_metadata = load(TILELANG, MODULE, "flash_mla_with_kvcache", "get_mla_metadata")
     step_of, page_size, on_device = attrgetter(b.role), b.page_size or 1, current(b.torch_device)
-    scale, latent, heads = b.scale, b.v_head_dim, b.num_heads
+    scale, latent, heads, width = b.scale, b.v_head_dim, b.num_heads, b.head_dim
 
     def plan(batch: Batch, *, capture: Capture | None = None, out: Tiled | None = None) -> Tiled:
         step = Tiled(page_size, capture) if out is None else out
@@ -54,9 +54,12 @@ def bind(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step = step_of(plan)
+        keys = kv_cache.memo.get("musa.flashmla")
+        if keys is None:
+            keys = kv_cache.memo["musa.flashmla"] = kv_cache.data[0].unsqueeze(2)
         o, lse = attend(
-            q.unflatten(0, (step.rows, step.max_query)), kv_cache.data[0].unsqueeze(2), step.table, step.kv_lens,
-            latent, step.tiles, step.splits, softmax_scale=scale, causal=True,
+            q.view(step.rows, step.max_query, heads, width), keys, step.table, step.kv_lens, latent, step.tiles,
+            step.splits, softmax_scale=scale, causal=True,
         )  # fmt: skip
         return (o.flatten(0, 1), lse.flatten(0, 1)) if return_lse else o.flatten(0, 1)
 

@@ -23,8 +23,11 @@ from attn_plugin_rocm.backends import AITER
 
 def tokens(kv_cache: Any) -> Tensor:
     """The latent cache as the kernels see pages of one token: ``(tokens, 1, 1, 576)``."""
-    rows: Tensor = kv_cache.data[0]
-    return rows.view(-1, 1, 1, rows.shape[-1])
+    made: Tensor | None = kv_cache.memo.get("rocm.mla")
+    if made is None:
+        rows: Tensor = kv_cache.data[0]
+        made = kv_cache.memo["rocm.mla"] = rows.view(-1, 1, 1, rows.shape[-1])
+    return made
 
 
 def bind(b: Binding) -> Kernels:
@@ -60,11 +63,12 @@ def bind_prefill(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step = step_of(plan)
-        made = q.new_empty(q.shape[0], q.shape[1], latent)
+        if out is None:
+            out = q.new_empty(q.shape[0], q.shape[1], latent)
         attend(
-            q.contiguous(), tokens(kv_cache), made, step.cu_query, step.indptr, step.indices, step.last_page_lens,
+            q.contiguous(), tokens(kv_cache), out, step.cu_query, step.indptr, step.indices, step.last_page_lens,
             step.max_query, sm_scale=scale,
         )  # fmt: skip
-        return made
+        return out
 
     return Kernels(plan=plan, call=call)

@@ -100,13 +100,13 @@ def bind_decode(b: Binding) -> Kernels:
         step = step_of(plan)
         keys, values = kv_cache.memo.get("rocm.wave") or tokens(kv_cache)
         q = q.contiguous()
-        made = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         with on_device():
             attend(
-                q, keys, values, made, step.indptr, step.indices, step.parts, step.maxima, step.splits, SPLITS,
+                q, keys, values, out, step.indptr, step.indices, step.parts, step.maxima, step.splits, SPLITS,
                 scale, softcap,
             )  # fmt: skip
-        return made
+        return out
 
     return Kernels(plan=plan, call=call)
 
@@ -154,12 +154,12 @@ def bind_extend(b: Binding) -> Kernels:
         step = step_of(plan)
         keys, values = kv_cache.memo.get("rocm.wave") or tokens(kv_cache)
         q = q.contiguous()
-        made = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         with on_device():
             attend(
                 q, keys[step.new], values[step.new], keys, values, step.cu_query, step.cu_before, step.before,
-                None, None, step.max_query, made, is_causal=True, layer_scaling=scale, logit_cap=softcap,
+                None, None, step.max_query, out, is_causal=True, layer_scaling=scale, logit_cap=softcap,
             )  # fmt: skip
-        return made
+        return out
 
     return Kernels(plan=plan, call=call)
