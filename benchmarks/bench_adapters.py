@@ -238,7 +238,7 @@ def with_views(
             return vendor(rope, *rest, **{name: latent}, **kwargs)
 
         return split
-    if args[2:] and args[2].shape[-1] < q.shape[-1] and args[2].data_ptr() == q.data_ptr():  # after the output and its LSE
+    if args[2:] and args[2].shape[-1] < q.shape[-1] and args[2].data_ptr() == q.data_ptr():  # after output and LSE
         before, after, sizes = args[:2], args[4:], (args[2].shape[-1], args[3].shape[-1])
         return lambda: vendor(*before, *q.split_with_sizes(sizes, -1), *after, **kwargs)
     return lambda: vendor(*args, **kwargs)
