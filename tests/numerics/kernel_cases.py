@@ -103,6 +103,15 @@ class Step:
         assert not found, found
         return o
 
+    def check_gaps(self) -> None:
+        """An ``out=`` with gaps gets what one without gets, and nothing between its rows."""
+        want = self.check()
+        wide = want.new_full((want.shape[0], 2 * want.shape[1], want.shape[2]), 7.0)
+        out = wide[:, : want.shape[1]]
+        assert self.run(out=out) is out
+        assert torch.equal(out, want)
+        assert bool((wide[:, want.shape[1] :] == 7.0).all())
+
 
 def random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)

@@ -35,6 +35,12 @@ def test_decoder(feature):
     step(bind(spec(**FEATURES[feature]), BACKEND, lse=True, page_size=4)).check()
 
 
+def test_an_output_with_gaps():
+    step(bind(spec(), BACKEND, lse=True, page_size=4)).check_gaps()
+    group = bind(spec(attn_type="encoder_only"), BACKEND, lse=True)
+    encode_step(group, Lengths((5, 9, 1, 20), (5, 9, 1, 20))).check_gaps()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_over_heads_first_pages(dtype):
     group = bind(spec(dtype=dtype, **EVERYTHING), BACKEND, lse=True, page_size=16, kv_layout="HND")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SLOPES, Lengths, bind, cross_step, encode_step, spec, step
+from kernel_cases import DTYPES, MIXED, SLOPES, Lengths, bind, cross_step, encode_step, mla_spec, spec, step
 
 from attn_core.backends.torch_native import scores, setup, steps
 
@@ -40,6 +40,16 @@ FEATURES = {
 def test_decoder(dtype, feature, layout, page_size):
     group = bind(spec(dtype=dtype, **FEATURES[feature]), lse=True, page_size=page_size, kv_layout=layout)
     step(group).check()
+
+
+@pytest.mark.parametrize(
+    "lengths", [MIXED, Lengths((1,), (40,)), Lengths((1, 1, 1), (4, 9, 2)), Lengths((7, 7), (7, 7))]
+)
+def test_an_output_with_gaps(lengths):
+    step(bind(spec(dtype="bfloat16"), lse=True, page_size=4), lengths).check_gaps()
+    rows = Lengths(lengths.kv, lengths.kv)
+    encode_step(bind(spec(attn_type="encoder_only"), lse=True), rows).check_gaps()
+    step(bind(mla_spec(), form="absorbed", lse=True, page_size=4), lengths).check_gaps()
 
 
 @pytest.mark.parametrize("written_out", [False, True])

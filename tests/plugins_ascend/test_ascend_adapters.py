@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation("sinks in float32", FIA, "sinks.to(torch.bfloat16)", "sinks.to(torch.float32)"),
     Mutation("sinks to the version without", FIA, "V2 if b.spec.sinks or", "V2 if"),
     Mutation("lse with its last one", FIA, "lse.squeeze(-1)) if return_lse", "lse) if return_lse"),
-    Mutation("lse flag forgotten", FIA, 'step_of(plan), {lse_flag: return_lse}', 'step_of(plan), {}'),
+    Mutation("lse flag forgotten", FIA, "step_of(plan), {lse_flag: return_lse}", "step_of(plan), {}"),
     Mutation("lse flag of rows forgotten", FIA, "more = {lse_flag: return_lse} if", "more = {} if"),
     Mutation("both values returned", FIA, "return (o, lse.squeeze(-1)) if return_lse else o", "return o, lse"),
     Mutation("rows without keys as they come", FIA, "o[step.blind], lse[step.blind] = 0, -torch.inf", "pass"),

@@ -54,6 +54,14 @@ FEATURES = {
 }  # fmt: skip
 
 
+def test_an_output_with_gaps():
+    """Straight to it, and merged from parts."""
+    with tiled(SMALL):
+        step(bind(spec(), lse=True, page_size=8), LENGTHS).check_gaps()
+        step(bind(spec(), lse=True, page_size=8), Lengths((1,), (150,))).check_gaps()
+        encode_step(bind(spec(attn_type="encoder_only"), lse=True), Lengths((5, 19), (5, 19))).check_gaps()
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_decoder(feature):
     """Each feature in float32, where every mistake shows."""
