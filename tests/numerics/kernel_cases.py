@@ -193,7 +193,7 @@ def step(group: BoundGroup, lengths: Lengths = MIXED, *, seed: int = 0, scales: 
         k, v = random(g, dtype, tokens, s.latent_dim or 0), random(g, dtype, tokens, s.rope_dim or 0)
     else:
         several = 1 if s.dual_chunk is None else 3
-        q = [gapped(random(g, dtype, tokens, s.num_heads, s.head_dim)) for _ in range(several)]
+        q = [gapped(random(g, dtype, tokens, s.num_heads, s.head_dim), 2) for _ in range(several)]
         k = random(g, dtype, tokens, s.num_kv_heads, s.head_dim)
         v = random(g, dtype, tokens, s.num_kv_heads, s.v_head_dim)
     if bounds is not None:
@@ -203,7 +203,9 @@ def step(group: BoundGroup, lengths: Lengths = MIXED, *, seed: int = 0, scales: 
         slot_mapping=slots(block_table, lengths.query, lengths.kv, p), **batch_fields,
     )  # fmt: skip
     q = q[0] if len(q) == 1 else tuple(q)
-    return Step(group, batch, group.plan(batch), q, gapped(k), gapped(v), cache, extras(s, lengths, g))
+    return Step(
+        group, batch, group.plan(batch), q, gapped(k, k.dim() - 1), gapped(v, v.dim() - 1), cache, extras(s, lengths, g)
+    )
 
 
 def encode_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
@@ -213,7 +215,7 @@ def encode_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
     k = random(g, dtype, sum(lengths.kv), s.num_kv_heads, s.head_dim)
     v = random(g, dtype, sum(lengths.kv), s.num_kv_heads, s.v_head_dim)
     batch = Batch(list(lengths.query), list(lengths.kv), attn_type="encoder_only")
-    return Step(group, batch, group.plan(batch), gapped(q), gapped(k), gapped(v), None, extras(s, lengths, g))
+    return Step(group, batch, group.plan(batch), gapped(q, 2), gapped(k, 2), gapped(v, 2), None, extras(s, lengths, g))
 
 
 def cross_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
@@ -225,4 +227,4 @@ def cross_step(group: BoundGroup, lengths: Lengths, *, seed: int = 0) -> Step:
     fill(cache, g)
     batch = Batch(list(lengths.query), list(lengths.kv), block_table=block_table, attn_type="cross")
     q = random(g, dtype, sum(lengths.query), s.num_heads, s.head_dim)
-    return Step(group, batch, group.plan(batch), gapped(q), None, None, cache, extras(s, lengths, g))
+    return Step(group, batch, group.plan(batch), gapped(q, 2), None, None, cache, extras(s, lengths, g))

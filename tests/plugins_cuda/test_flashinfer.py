@@ -207,6 +207,7 @@ MUTATIONS = [
         "mla v scale for the latent": ("scale = kv_cache.k_scale", "scale = kv_cache.v_scale"),
     }),
     *mutations(f"{KERNELS}.xqa", {
+        "xqa q as it comes": ("q.contiguous(), kv_cache.data", "q, kv_cache.data"),
         "xqa scale default": ("bmm1_scale=scale * kv_cache.k_scale, ", ""),
         "xqa k scale dropped": ("scale * kv_cache.k_scale", "scale"),
         "xqa v scale dropped": ("bmm2_scale=kv_cache.v_scale, ", ""),

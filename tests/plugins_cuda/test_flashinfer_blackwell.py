@@ -265,10 +265,12 @@ MUTATIONS = [
         "cutlass under cudnn's name": ('("cudnn",), lambda _: "cudnn"', '("cutlass",), lambda _: "cutlass"'),
         "base 2 over ragged keys": ("lse = got[1] * LN2", "lse = got[1]"),
         "causality dropped over ragged keys": ('"causal": b.spec.causal, ', ""),
+        "rows over ragged keys as they come": ('packed = "cudnn" in paths', "packed = False"),
         "rows without keys as cudnn left them": ("        step.nothing_seen(got[0], lse)\n", ""),
         "keys for queries": ("wrapper.plan(batch.cu_query_lens, batch.cu_kv_lens,", "wrapper.plan(batch.cu_kv_lens, batch.cu_query_lens,"),
     }),
     *mutations(f"{KERNELS}.flashinfer_cudnn", {
+        "prefill q as it comes": ("q.contiguous(), kv_cache", "q, kv_cache"),
         "decode lse in base 2": ("return (got[0], got[1] * LN2) if return_lse else got", "return got"),
         "decode window of tokens": ("scale, window, page_size = b.scale, left(b),", "scale, window, page_size = b.scale, b.sliding_window or -1,"),
         "decode window dropped": (", window_left=window,", ","),

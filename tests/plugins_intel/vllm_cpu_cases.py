@@ -20,7 +20,7 @@ from attn_core.spec import AttentionSpec, Device, EngineOptions, ModelSpec
 from attn_core.testing import reference
 from attn_core.testing.compare import differences
 from attn_plugin_intel import backends_cpu
-from numerics.kernel_cases import DTYPES, Lengths, extras, random, slots, table
+from numerics.kernel_cases import DTYPES, Lengths, extras, gapped, random, slots, table
 
 BUILD = "VLLM_CPU_BUILD"
 """Environment variable: arch of the build to test (``avx2``, ``avx512``), else the one this CPU gets."""
@@ -115,7 +115,7 @@ def step(
     k, v = (
         (None, None)
         if cross
-        else (torch.cat([x[m - n :] for x, m, n in zip(side, lengths.kv, new)]) for side in (all_k, all_v))
+        else (gapped(torch.cat([x[m - n :] for x, m, n in zip(side, lengths.kv, new)]), 2) for side in (all_k, all_v))
     )
     if bounds is not None:
         batch_fields.update(exact=False, kv_lens_device=torch.tensor(lengths.kv, dtype=torch.int32))
@@ -124,7 +124,7 @@ def step(
         slot_mapping=None if cross else slots(blocks, lengths.query, lengths.kv, page_size),
         attn_type=s.attn_type, **batch_fields,
     )  # fmt: skip
-    q = random(g, dtype, sum(lengths.query), s.num_heads, s.head_dim)
+    q = gapped(random(g, dtype, sum(lengths.query), s.num_heads, s.head_dim), 2)
     return Step(group, batch, group.plan(batch, out=plan), q, k, v, cache, plain, extras(s, lengths, g))
 
 

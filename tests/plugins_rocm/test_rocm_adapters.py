@@ -284,6 +284,7 @@ MUTATIONS = [
         "workspace without the sums", MHA, "b.v_head_dim * b.dtype.itemsize + 2 * 4", "b.v_head_dim * b.dtype.itemsize"
     ),
     Mutation("decode out not returned", MHA, "        return out\n", "        return None\n"),
+    Mutation("decode q as it comes", MHA, "if q.stride(1) != width:", "if False:"),
     Mutation("decode lengths of the queries", MHA, "step.cu_query, step.kv_lens,", "step.cu_query, step.cu_query[1:],"),
     Mutation("unified scale of the width", UNIFIED, "= b.scale,", "= b.head_dim**-0.5,"),
     Mutation("unified window one too long", UNIFIED, "both_sides(b)", "(b.sliding_window or -1, 0)"),

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from simulators.contract import Misuse
+
 INF = float("inf")
 
 
@@ -111,6 +113,13 @@ def finish(
     """Sequences joined: output ``(tokens, heads, dv)`` where ``like`` is, LSE float32 ``(heads, tokens)``."""
     out = torch.cat([o for o, _ in parts]).to(dtype or like.dtype).to(like.device)
     return out, torch.cat([lse for _, lse in parts], 1).float().to(like.device)
+
+
+def by_shape(where: str, **tensors: Tensor | None) -> None:
+    """Of tensors whose strides the real function takes from their shapes."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_contiguous():
+            raise Misuse(f"{where}: takes the strides of {name} from its shape; it has {t.stride()}")
 
 
 def put(out: Tensor | None, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulators.attend import finish, put, seen, sequence
+from simulators.attend import by_shape, finish, put, seen, sequence
 from simulators.contract import Misuse, Refused
 from simulators.cuda_flashinfer_common import FACTS, FP8, base2, check_workspace, host_ints, nhd
 from simulators.cuda_flashinfer_cudnn import cudnn_decode, cudnn_prefill
@@ -181,6 +181,7 @@ def _finish(a: SimpleNamespace, where: str, query: Tensor, edges: Any, keys: Any
         o, lse = sequence(query[b:e], k, v, visible, scale=a.bmm1_scale, sinks=sinks)
         parts.append((o * a.bmm2_scale, lse))
     out, lse = finish(parts, query, torch.bfloat16 if query.dtype in FP8 else None)
+    by_shape(where, out=a.out)
     return put(a.out, out), lse
 
 
@@ -230,6 +231,7 @@ def xqa_decode(a: SimpleNamespace) -> Any:
     if a.q_len_per_req != 1 or a.mask is not None or a.o_scale != 1.0 or a.kv_cache_sf is not None:
         raise NotImplementedError(f"{where}: this stand-in decodes one token per row")
     k_cache, _, keys = _keys(where, a, q, a.kv_layout, q.shape[0])
+    by_shape(where, query=q)
     FACTS.require("xqa_page_size", k_cache.shape[1], where)
     FACTS.require("xqa_head_dim", q.shape[-1], where)
     FACTS.require_dtype("dtype", q)
@@ -307,6 +309,7 @@ def trtllm_mla(a: SimpleNamespace) -> Any:
         )
         parts.append((o * a.bmm2_scale, lse))
     out, lse = finish(parts, q, torch.bfloat16 if q.dtype in FP8 else None)
+    by_shape(where, out=a.out)
     out = put(a.out, out.unflatten(0, (batch, width)))
     if not a.return_lse:
         return out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulators.attend import finish, put, seen, sequence
+from simulators.attend import by_shape, finish, put, seen, sequence
 from simulators.contract import Misuse, Refused
 from simulators.cuda_flashinfer_common import FACTS, base2, check_workspace
 from simulators.flash import check_index, check_longest, keys_of_pages, lengths_of, packed_edges
@@ -19,6 +19,7 @@ def cudnn_prefill(a: SimpleNamespace) -> Any:
     if a.backend is not None or a.q_scale is not None or a.block_tables is None or a.is_cuda_graph_compatible:
         raise NotImplementedError(f"{where}: this stand-in knows 16-bit pages through cuDNN's graphs")
     FACTS.require("cudnn_prefill_head_dims", (q.shape[-1], a.v_cache.shape[-1]), where)
+    by_shape(where, q=q)
     tokens, heads = q.shape[:2]
     rows = _rows(where, a, q, a.actual_seq_lens_kv)
     if a.actual_seq_lens_q is None and a.batch_offsets_units != "tokens":

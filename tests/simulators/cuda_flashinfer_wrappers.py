@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulators.attend import finish, put, seen, sequence
+from simulators.attend import by_shape, finish, put, seen, sequence
 from simulators.contract import Misuse, Refused
 from simulators.cuda_flashinfer_common import FACTS, FP8, base2, check_workspace, dtype_of, host_ints, nhd
 from simulators.cuda_flashinfer_planned import (
@@ -166,6 +166,8 @@ class Paged(Planned):
             out = out * a.v_scale
         if a.lse_base != "log2" or a.lse_layout != "NH":
             raise NotImplementedError("this stand-in gives LSE in base 2 and NH")
+        if self.backend == "fa2":
+            by_shape("run", out=a.out)
         out = put(a.out, out)
         return (out, base2(lse)) if a.return_lse else out
 
@@ -213,9 +215,10 @@ class Ragged(Planned):
         for t, width in ((a.k, self.head_dims[0]), (a.v, self.head_dims[1])):
             if tuple(t.shape) != (self.k_edges[-1][1], p.num_kv_heads, width):
                 raise Refused(f"run: k or v is {tuple(t.shape)}; planned {self.k_edges[-1][1]} keys")
-        if self.backend == "cutlass" and a.out is not None and not a.out.is_contiguous():
-            raise Misuse("run: cutlass takes the strides of out from its shape")
+        if self.backend in ("fa2", "cutlass"):
+            by_shape("run", out=a.out)
         if self.backend == "cudnn":
+            by_shape("run", q=a.q, k=a.k, v=a.v)
             if self.layout != "NHD" or (a.out is not None and not a.out.is_contiguous()):
                 raise Refused("run: cudnn takes NHD and writes contiguous outputs")
             if a.return_lse:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulators.attend import double, put
+from simulators.attend import by_shape, double, put
 from simulators.contract import Contract, Misuse, Refused
 from simulators.flash import (
     Keys,
@@ -135,6 +135,7 @@ def _quantised(where: str, keys: Keys, k_scale: Tensor, v_scale: Tensor) -> Keys
 def paged_decode(a: SimpleNamespace) -> Tensor:
     where = "paged_attention_v1"
     q, k, v = a.query, a.key_cache, a.value_cache
+    by_shape(where, out=a.out, heads_of_query=q[0])
     FACTS.require("kv_cache_dtype", a.kv_cache_dtype, where)
     FACTS.require("kv_cache_layout", a.kv_cache_layout, where)
     if a.kv_cache_layout == "HND":

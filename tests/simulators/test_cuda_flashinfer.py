@@ -187,6 +187,19 @@ def test_quirk_xqa_has_no_lse(fi):
         fi["decode"].xqa_batch_decode_with_kv_cache(**given, return_lse=True)
 
 
+def test_quirk_xqa_reads_q_by_shape(fi):
+    given = planless()
+    del given["backend"], given["multi_ctas_kv_counter_buffer"]
+    q, run = given.pop("query"), fi["decode"].xqa_batch_decode_with_kv_cache
+    fused = torch.cat((q, q), 1)[:, : q.shape[1]]
+    with pytest.raises(Misuse, match="strides of query"):
+        run(fused, **given, kv_layout="HND")
+    with pytest.raises(Misuse, match="strides of out"):
+        run(q, **given, kv_layout="HND", out=torch.empty_like(torch.cat((q, q), 1))[:, : q.shape[1]])
+    with pytest.raises(Misuse, match="strides of out"):
+        fi["decode"].trtllm_batch_decode_with_kv_cache(**planless(out=torch.cat((q, q), 1)[:, : q.shape[1]]))
+
+
 def test_quirk_trtllm_sinks_float32(fi):
     run = fi["decode"].trtllm_batch_decode_with_kv_cache
     assert not torch.equal(run(**planless(sinks=torch.ones(4))), run(**planless()))

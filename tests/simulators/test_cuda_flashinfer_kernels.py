@@ -64,10 +64,12 @@ def test_quirk_cutlass_plan_overruns():
         ragged("cutlass", heads=43690, kv_heads=2, offsets=(0, 257, 258, 259))
 
 
-def test_quirk_cutlass_writes_by_shape():
+def test_quirk_out_is_written_by_shape():
     out = torch.zeros(5, 4, 256, dtype=torch.bfloat16)[..., :128]
-    with pytest.raises(Misuse, match="strides"):
-        ragged("cutlass").run(**ROWS, out=out)
+    for backend in ("fa2", "cutlass"):
+        with pytest.raises(Misuse, match="strides of out"):
+            ragged(backend).run(**ROWS, out=out)
+    assert ragged("fa3").run(**ROWS, out=out) is out
     with pytest.raises(Refused, match="contiguous"):
         ragged("cudnn").run(**ROWS, out=out)
 
@@ -122,6 +124,15 @@ def test_quirk_cudnn_offsets_are_elements():
         module("cudnn").cudnn_batch_prefill_with_kv_cache(
             **prefill(batch_offsets_units="elements", actual_seq_lens_q=ints(1, 1, 1).view(3, 1, 1, 1))
         )
+
+
+def test_quirk_cudnn_scales_offsets_by_width():
+    run, given = module("cudnn").cudnn_batch_prefill_with_kv_cache, prefill()
+    with pytest.raises(Misuse, match="strides of q"):
+        run(**{**given, "q": torch.cat((given["q"], given["q"]), 1)[:, : given["q"].shape[1]]})
+    for name in "qkv":
+        with pytest.raises(Misuse, match=f"strides of {name}"):
+            ragged("cudnn").run(**{**ROWS, name: torch.cat((ROWS[name], ROWS[name]), 1)[:, :4]})
 
 
 def test_quirk_cudnn_lengths_of_one_axis():

@@ -106,6 +106,16 @@ def test_quirk_decode_out_is_filled(aiter):
         aiter["paged_attention_v1"](**decode(workspace_buffer=torch.zeros(64, dtype=torch.uint8)))
 
 
+def test_quirk_decode_goes_by_shape(aiter):
+    given = decode()
+    for name in ("query", "out"):
+        wide = torch.cat((given[name], given[name]), -1)[..., : given[name].shape[-1]]
+        with pytest.raises(Misuse, match="strides"):
+            aiter["paged_attention_v1"](**{**given, name: wide})
+    rows = torch.cat((given["query"], given["query"]), 1)[:, : given["query"].shape[1]]
+    aiter["paged_attention_v1"](**{**given, "query": rows})
+
+
 def test_quirk_decode_knows_no_sinks(aiter):
     parameters = Contract.load("aiter").functions[rocm_aiter.DECODE].signature.parameters
     assert not [p for p in parameters if "sink" in p or "lse" in p]

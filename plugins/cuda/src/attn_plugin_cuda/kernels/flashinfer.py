@@ -163,10 +163,14 @@ def tree_bits(batch: Batch, window_left: int) -> Tensor:
 
 
 def _ragged(b: Binding, paths: tuple[str, ...], path_of: Callable[[Batch], str]) -> Kernels:
-    """Keys in memory: encoders, and materialised MLA. ``path_of`` names the kernel of a step, one of ``paths``."""
+    """Keys in memory: encoders, and materialised MLA. ``path_of`` names the kernel of a step, one of ``paths``.
+
+    Before cuDNN 9.24 its rows are found by heads times width: they must lie closely packed (cudnn/prefill.py).
+    """
     make = load(FLASHINFER, MODULE, "BatchPrefillWithRaggedKVCacheWrapper")
     step_of, heads, kv_heads = attrgetter(b.role), b.num_heads, b.num_kv_heads
     given = {path: {**planned(b, path), "kv_data_type": b.dtype} for path in paths}
+    packed = "cudnn" in paths
 
     def plan(batch: Batch, *, capture: Capture | None = None, out: Rows | None = None) -> Rows:
         step = Rows(workspace(b.torch_device)) if out is None else out
@@ -183,6 +187,8 @@ def _ragged(b: Binding, paths: tuple[str, ...], path_of: Callable[[Batch], str])
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step = step_of(plan)
+        if packed:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         got = step.wrapper.run(q, k, v, out=out, return_lse=return_lse)
         if not return_lse:
             return got

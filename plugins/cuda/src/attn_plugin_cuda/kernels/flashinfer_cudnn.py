@@ -2,7 +2,8 @@
 
 Conventions: caches are (pages, heads, page, width) by their strides, so that NHD goes as a view; key lengths are
 (rows, 1, 1, 1): of one axis they are read wrongly from the second row on; windows count the keys to the left. LSE is
-base 2 in decode; in prefill natural, because asked for, and packed, because given a tensor of that shape.
+base 2 in decode; in prefill natural, because asked for, and packed, because given a tensor of that shape. Before cuDNN
+9.25 prefill finds rows of q by heads times width: they must lie closely packed (cudnn/prefill.py, _PrefillMetadata).
 
 cuDNN builds a graph for every shape that is declared to it (55 to 70 ms on B200). So tables and longest sequences are
 declared in steps: consecutive steps of a batch then share one graph.
@@ -65,7 +66,7 @@ def _prefill(b: Binding) -> Kernels:
         lse = q.new_empty(q.shape[0], heads, dtype=torch.float32) if return_lse else None
         offsets = step.cu_query
         got = attend(
-            q, kv_cache.k.transpose(1, 2), kv_cache.v.transpose(1, 2), scale, step.workspace,
+            q.contiguous(), kv_cache.k.transpose(1, 2), kv_cache.v.transpose(1, 2), scale, step.workspace,
             max_token_per_sequence=_declared(step.max_query), max_sequence_kv=step.table.shape[1] * page_size,
             actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1), block_tables=step.table, causal=True,
             return_lse=return_lse, batch_offsets_q=offsets, batch_offsets_stats=offsets if return_lse else None,

@@ -1,7 +1,8 @@
 """FlashInfer's XQA decode on SM12x: no plan, lengths from the device, no LSE.
 
 Conventions: windows count the keys to the left; the scores' scale is ours to pass, with the cache's k scale in it; the
-first bytes of the workspace are semaphores and start as zeros; sinks, for rows that claim them, are float32 (heads,).
+first bytes of the workspace are semaphores and start as zeros; sinks, for rows that claim them, are float32 (heads,);
+q is read as if it were contiguous (csrc/xqa/xqa_wrapper.cu), though an engine's is often a part of a fused projection.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def bind(b: Binding) -> Kernels:
     ) -> Any:  # fmt: skip
         step = plan.decode
         return attend(
-            q, kv_cache.data, step.workspace, step.table, step.kv_lens, step.max_kv,
+            q.contiguous(), kv_cache.data, step.workspace, step.table, step.kv_lens, step.max_kv,
             bmm1_scale=scale * kv_cache.k_scale, bmm2_scale=kv_cache.v_scale, window_left=window, out=out,
             sinks=sinks, kv_layout=layout,
         )  # fmt: skip

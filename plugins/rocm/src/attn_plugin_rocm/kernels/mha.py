@@ -84,6 +84,8 @@ def bind_decode(b: Binding) -> Kernels:
         step = step_of(plan)
         if out is None:
             out = q.new_empty(q.shape[0], q.shape[1], width)
+        if q.stride(1) != width:  # rows may have gaps between them, heads are found by the width
+            q = q.contiguous()
         attend(
             out, step.workspace, q, kv_cache.k, kv_cache.v, scale, step.table, step.cu_query, step.kv_lens,
             step.max_kv, None, stored, "NHD", softcap, kv_cache.k_scale_t, kv_cache.v_scale_t, None, PARTITION,
