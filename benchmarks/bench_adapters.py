@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,42 +43,97 @@ from simulators.standin import Empty, StandIn, installed
 MLA = {"kind": "mla"}
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
 SCHEDULE = cuda_flash_mla.FlashMLASchedMeta
-ADAPTERS: tuple[tuple[str, str, str, dict[str, Any], bool, tuple[StandIn, ...]], ...] = (
-    ("cuda", "fa3", "sm_90", {}, True, (cuda_fa3.stand_in(),)),
-    ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", {}, True, (cuda_vllm_flash.stand_in(),)),
-    ("cuda", "fa3 flash:bind_upstream_fa3", "sm_90", {}, True, (cuda_fa3.upstream(),)),
-    ("cuda", "fa2 flash:bind_vllm_fa2", "sm_80", {}, True, (cuda_vllm_flash.stand_in(8),)),
-    ("cuda", "fa2 fa2:bind", "sm_80", {}, True, (cuda_fa2.stand_in(),)),
-    ("cuda", "fa4", "sm_100", {}, True, (cuda_fa4.stand_in(),)),
-    ("cuda", "fa4 flash:bind_vllm_fa4", "sm_100", {}, True, (cuda_vllm_flash.stand_in(10),)),
-    ("cuda", "flashinfer", "sm_80", {}, True, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "flashinfer", "sm_120", {}, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "flashinfer_sinks", "sm_80", {"sinks": True}, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "flashinfer_sinks", "sm_120", {"sinks": True}, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "trtllm_mha", "sm_100", {}, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "flashinfer", "sm_90", MLA, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "fa3", "sm_90", MLA, True, (cuda_fa3.stand_in(),)),
-    ("cuda", "fa3 flash:bind_vllm_fa3", "sm_90", MLA, True, (cuda_vllm_flash.stand_in(),)),
-    ("cuda", "flashmla", "sm_90", MLA, True, (*cuda_flash_mla.stand_ins(), cuda_flashinfer.stand_in())),
-    ("cuda", "fa3 flash:bind_upstream_fa3", "sm_90", MLA, True, (cuda_fa3.upstream(),)),
-    ("cuda", "cutlass_mla", "sm_100", MLA, True, (cuda_cutlass_mla.stand_in(), cuda_flashinfer.stand_in())),
-    ("cuda", "trtllm_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
-    ("cuda", "cutedsl_mla", "sm_100", MLA, False, (cuda_flashinfer.stand_in(),)),
-    ("musa", "fa3", "mp31", {}, True, (musa_mate.stand_in(),)),
-    ("musa", "fa3", "mp31", MLA, True, (musa_mate.stand_in(),)),
-    ("musa", "flashmla", "mp31", MLA, True, (musa_mate.stand_in(),)),
-    ("rocm", "aiter", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
-    ("rocm", "aiter unified:bind", "gfx942", {}, False, (rocm_aiter.stand_in(),)),
-    ("rocm", "aiter", "gfx942", MLA, True, (rocm_aiter.stand_in(),)),
-    ("rocm", "wave", "gfx942", {}, False, (rocm_wave.stand_in(),)),
-    ("ascend", "ascend", "910b", {}, True, (ascend_npu.stand_in(),)),
-    ("ascend", "ascend", "910b", MLA, False, (ascend_npu.stand_in(),)),
-    ("ascend", "ascend", "310p", {"dtype": "float16"}, False, (ascend_npu.stand_in(),)),
-    ("intel", "intel_xpu", "bmg", {}, False, (intel_xpu.stand_in(),)),
-    ("intel", "intel_xpu", "bmg", MLA, False, (intel_xpu_mla.stand_in(),)),
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One decode adapter: where its rows are, what the model and the engine are, and what stands in."""
+
+    plugin: str
+    backend: str
+    arch: str
+    stand_ins: tuple[StandIn, ...]
+    bind: str | None = None
+    """Of rows, where several packages have the backend."""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lse: bool = False
+    """Planned with LSE, where it is claimed."""
+
+    @property
+    def name(self) -> str:
+        features = [*map(str, self.spec.values()), *self.options.values()]
+        return " ".join([self.plugin, self.backend, *([self.bind] if self.bind else []), self.arch, *features])
+
+    @property
+    def mla(self) -> bool:
+        return self.spec == MLA
+
+    @property
+    def rows(self) -> Rows:
+        only = {"bind": f"attn_plugin_{self.plugin}.kernels.{self.bind}"} if self.bind else {}
+        return rows_of(self.plugin, device(self.plugin, self.arch), self.backend, **only)
+
+    def answer(self, sequences: int) -> Any:
+        """What the vendor's function returns."""
+        heads, width = (4, 512) if self.mla else (8, 128)
+        flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
+        if self.bind == "fa2:bind" or self.backend in ("flashmla", "trtllm_mla"):  # batched interfaces
+            flat = flat[:, None]
+        pair = self.backend in ("flashmla", "ascend") or (self.backend == "fa4" and not self.bind)
+        return (flat, None) if pair or (self.backend == "aiter" and self.mla) else flat
+
+    def step(self, sequences: int, *, lse: bool) -> Step:
+        """A decode step, bound to functions with empty bodies."""
+        with installed(*empties(self.stand_ins, self.answer(sequences), torch.zeros(sequences + 1, dtype=torch.int32))):
+            spec = self.spec if self.mla else {**HEADS, **self.spec}
+            group = bound(self.rows, Case(name="", spec=spec, options=self.options, lse=lse))
+        # about as many pages whatever their size: lists of pages are made on the device, which a CPU stands for here
+        shortest, more = (7, 4) if group.page_size == 1 else (100, 50)
+        lengths = Lengths((1,) * sequences, tuple(shortest + i % more for i in range(sequences)))
+        bounds = lengths.kv if "host_lengths" in self.options else None
+        made = make_step(group, Case(name="", lengths=lengths, bounds=bounds))
+        made.q = tuple(t.contiguous() for t in made.q) if isinstance(made.q, tuple) else made.q.contiguous()
+        return made
+
+
+FLASHINFER = (cuda_flashinfer.stand_in(),)
+FLASHMLA = (*cuda_flash_mla.stand_ins(), *FLASHINFER)
+ADAPTERS = (
+    Adapter("cuda", "fa3", "sm_90", (cuda_fa3.stand_in(),), lse=True),
+    Adapter("cuda", "fa3", "sm_90", (cuda_vllm_flash.stand_in(),), bind="flash:bind_vllm_fa3", lse=True),
+    Adapter("cuda", "fa3", "sm_90", (cuda_fa3.upstream(),), bind="flash:bind_upstream_fa3", lse=True),
+    Adapter("cuda", "fa2", "sm_80", (cuda_vllm_flash.stand_in(8),), bind="flash:bind_vllm_fa2", lse=True),
+    Adapter("cuda", "fa2", "sm_80", (cuda_fa2.stand_in(),), bind="fa2:bind", lse=True),
+    Adapter("cuda", "fa4", "sm_100", (cuda_fa4.stand_in(),), lse=True),
+    Adapter("cuda", "fa4", "sm_100", (cuda_vllm_flash.stand_in(10),), bind="flash:bind_vllm_fa4", lse=True),
+    Adapter("cuda", "flashinfer", "sm_80", FLASHINFER, lse=True),
+    Adapter("cuda", "flashinfer", "sm_120", FLASHINFER),
+    Adapter("cuda", "flashinfer_sinks", "sm_80", FLASHINFER, spec={"sinks": True}),
+    Adapter("cuda", "flashinfer_sinks", "sm_120", FLASHINFER, spec={"sinks": True}),
+    Adapter("cuda", "flashinfer", "sm_100", FLASHINFER, options={"host_lengths": "bounds"}),
+    Adapter("cuda", "trtllm_mha", "sm_100", FLASHINFER),
+    Adapter("cuda", "flashinfer", "sm_90", FLASHINFER, spec=MLA),
+    Adapter("cuda", "fa3", "sm_90", (cuda_fa3.stand_in(),), spec=MLA, lse=True),
+    Adapter("cuda", "fa3", "sm_90", (cuda_vllm_flash.stand_in(),), bind="flash:bind_vllm_fa3", spec=MLA, lse=True),
+    Adapter("cuda", "flashmla", "sm_90", FLASHMLA, spec=MLA, lse=True),
+    Adapter("cuda", "fa3", "sm_90", (cuda_fa3.upstream(),), bind="flash:bind_upstream_fa3", spec=MLA, lse=True),
+    Adapter("cuda", "cutlass_mla", "sm_100", (cuda_cutlass_mla.stand_in(), *FLASHINFER), spec=MLA, lse=True),
+    Adapter("cuda", "trtllm_mla", "sm_100", FLASHINFER, spec=MLA),
+    Adapter("cuda", "cutedsl_mla", "sm_100", FLASHINFER, spec=MLA),
+    Adapter("musa", "fa3", "mp31", (musa_mate.stand_in(),), lse=True),
+    Adapter("musa", "fa3", "mp31", (musa_mate.stand_in(),), spec=MLA, lse=True),
+    Adapter("musa", "flashmla", "mp31", (musa_mate.stand_in(),), spec=MLA, lse=True),
+    Adapter("rocm", "aiter", "gfx942", (rocm_aiter.stand_in(),)),
+    Adapter("rocm", "aiter", "gfx942", (rocm_aiter.stand_in(),), bind="unified:bind"),
+    Adapter("rocm", "aiter", "gfx942", (rocm_aiter.stand_in(),), spec=MLA, lse=True),
+    Adapter("rocm", "wave", "gfx942", (rocm_wave.stand_in(),)),
+    Adapter("ascend", "ascend", "910b", (ascend_npu.stand_in(),), lse=True),
+    Adapter("ascend", "ascend", "910b", (ascend_npu.stand_in(),), spec=MLA),
+    Adapter("ascend", "ascend", "310p", (ascend_npu.stand_in(),), spec={"dtype": "float16"}),
+    Adapter("intel", "intel_xpu", "bmg", (intel_xpu.stand_in(),)),
+    Adapter("intel", "intel_xpu", "bmg", (intel_xpu_mla.stand_in(),), spec=MLA),
 )
-"""plugin, backend (with what binds it, where several packages have it), arch, fields of the spec, whether LSE is
-claimed, what stands in."""
 
 
 ANSWERS = {
@@ -134,42 +190,14 @@ def _wrappers(s: StandIn, answer: Any) -> dict[str, type]:
     return {n: type("Wrapper", (), run) for n, f in s.contract.functions.items() if f.kind == "class"}
 
 
-def decode_step(rows: Rows, spec: dict[str, Any], lse: bool, sequences: int, stand_ins: tuple[StandIn, ...]) -> Step:
-    with installed(*stand_ins):
-        group = bound(
-            rows,
-            Case(name="", spec=spec if spec == MLA else {**HEADS, **spec}, lse=lse),
-        )
-    # about as many pages whatever their size: lists of pages are made on the device, which a CPU stands for here
-    shortest, more = (7, 4) if group.page_size == 1 else (100, 50)
-    lengths = Lengths((1,) * sequences, tuple(shortest + i % more for i in range(sequences)))
-    made = make_step(group, Case(name="", lengths=lengths))
-    made.q = tuple(t.contiguous() for t in made.q) if isinstance(made.q, tuple) else made.q.contiguous()
-    return made
-
-
-def answer_for(spec: dict[str, Any], backend: str, sequences: int) -> Any:
-    heads, width = (4, 512) if spec == MLA else (8, 128)
-    flat = torch.zeros(sequences, heads, width, dtype=torch.bfloat16)
-    if backend in ("fa2 fa2:bind", "flashmla", "trtllm_mla"):  # batched interfaces
-        flat = flat[:, None]
-    pair = backend in ("fa4", "flashmla", "ascend") or (backend == "aiter" and spec == MLA)
-    return (flat, None) if pair else flat
-
-
 def adapters() -> Iterator[Result]:
-    for plugin, backend, arch, spec, lse, stand_ins in ADAPTERS:
-        name = f"{plugin} {backend} {arch}{' mla' if spec == MLA else ''}"
-        name_of_backend, _, bind = backend.partition(" ")
-        only = {"bind": f"attn_plugin_{plugin}.kernels.{bind}"} if bind else {}
-        rows = rows_of(plugin, device(plugin, arch), name_of_backend, **only)
-        yield call_cost(name, rows, spec, backend, stand_ins)
-        yield from plan_cost(name, rows, spec, backend, lse, stand_ins)
+    for adapter in ADAPTERS:
+        yield call_cost(adapter)
+        yield from plan_cost(adapter)
 
 
-def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_ins: tuple[StandIn, ...]) -> Result:
-    answer = answer_for(spec, backend, 4)
-    step = decode_step(rows, spec, False, 4, empties(stand_ins, answer, torch.zeros(5, dtype=torch.int32)))
+def call_cost(adapter: Adapter) -> Result:
+    step, answer = adapter.step(4, lse=False), adapter.answer(4)
     kernel = step.group._bound["decode"].kernels.call
     more = {"sinks": step.group.prepare_sinks(step.extra["sinks"])} if "sinks" in step.extra else {}
     q = step.q[0] if isinstance(step.q, tuple) else step.q
@@ -183,7 +211,7 @@ def call_cost(name: str, rows: Rows, spec: dict[str, Any], backend: str, stand_i
     bare = bare_call(call, step, answer)
     through, alone = cpu_time(call), cpu_time(bare)
     added = [(a - b) * 1e6 for a, b in zip(sorted(through), sorted(alone))]
-    return result(f"{name}: decode call over the vendor's", added, "us CPU", limit=1)
+    return result(f"{adapter.name}: decode call over the vendor's", added, "us CPU", limit=1)
 
 
 def bare_call(call: Callable[[], Any], step: Step, answer: Any) -> Callable[[], Any]:
@@ -244,24 +272,21 @@ def with_views(
     return lambda: vendor(*args, **kwargs)
 
 
-def plan_cost(
-    name: str, rows: Rows, spec: dict[str, Any], backend: str, lse: bool, stand_ins: tuple[StandIn, ...]
-) -> Iterator[Result]:
+def plan_cost(adapter: Adapter) -> Iterator[Result]:
     for sequences in (4, 260):
-        times = [t * 1e6 for t in _plan_time(rows, spec, backend, lse, sequences, stand_ins)]
-        yield result(f"{name}: plan(out=) of {sequences} sequences", times, "us CPU", limit=50 + 0.1 * sequences)
+        times = [t * 1e6 for t in _plan_time(adapter, sequences)]
+        yield result(
+            f"{adapter.name}: plan(out=) of {sequences} sequences", times, "us CPU", limit=50 + 0.1 * sequences
+        )
 
 
-def _plan_time(
-    rows: Rows, spec: dict[str, Any], backend: str, lse: bool, sequences: int, stand_ins: tuple[StandIn, ...]
-) -> list[float]:
-    answer = answer_for(spec, backend, sequences)
-    schedule = torch.zeros(sequences + 1, dtype=torch.int32)
-    step = decode_step(rows, spec, lse, sequences, empties(stand_ins, answer, schedule))
+def _plan_time(adapter: Adapter, sequences: int) -> list[float]:
+    step = adapter.step(sequences, lse=adapter.lse)
     plan, kept, b = step.group._bound["decode"].kernels.plan, step.plan.decode, step.batch
+    known: dict[str, Any] = {} if b.exact else {"exact": False, "kv_lens_device": b.kv_lens_device}
     times = []
     for _ in range(7):  # a batch of its own for every call: deriving offsets and page lists is part of the price
-        batches = [Batch(b.query_lens, b.kv_lens, block_table=b.block_table) for _ in range(200)]
+        batches = [Batch(b.query_lens, b.kv_lens, block_table=b.block_table, **known) for _ in range(200)]
         start = time.process_time()
         for batch in batches:
             plan(batch, out=kept)

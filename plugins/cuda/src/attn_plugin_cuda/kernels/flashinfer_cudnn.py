@@ -12,15 +12,17 @@ declared in steps: consecutive steps of a batch then share one graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attn_core.adapters import left, load
-from attn_core.runtime import Binding, Kernels
+from attn_core.runtime import Batch, Binding, Capture, Kernels
 from attn_plugin_cuda.backends import FLASHINFER
 from attn_plugin_cuda.backends_flashinfer import CUDNN_FRONTEND
-from attn_plugin_cuda.kernels.scratch import planner
+from attn_plugin_cuda.kernels.scratch import Scratch, planner
 
 MODULE = "flashinfer.cudnn"
 LN2 = math.log(2)
@@ -44,9 +46,10 @@ def _decode(b: Binding) -> Kernels:
         sinks: Any = None, indices: Any = None, bias: Any = None, out: Any = None, return_lse: bool = False,
     ) -> Any:  # fmt: skip
         step = plan.decode
+        keys, values = kv_cache.memo.get("cudnn") or heads_first(kv_cache)
         got = attend(
-            q, kv_cache.k.transpose(1, 2), kv_cache.v.transpose(1, 2), scale, step.workspace,
-            max_sequence_kv=step.table.shape[1] * page_size, actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1),
+            q, keys, values, scale, step.workspace,
+            max_sequence_kv=step.table.shape[1] * page_size, actual_seq_lens_kv=step.key_lens,
             block_tables=step.table, return_lse=return_lse, q_len_per_req=step.max_query, window_left=window,
         )  # fmt: skip
         return (got[0], got[1] * LN2) if return_lse else got
@@ -65,10 +68,11 @@ def _prefill(b: Binding) -> Kernels:
         step = plan.prefill
         lse = q.new_empty(q.shape[0], heads, dtype=torch.float32) if return_lse else None
         offsets = step.cu_query
+        keys, values = kv_cache.memo.get("cudnn") or heads_first(kv_cache)
         got = attend(
-            q.contiguous(), kv_cache.k.transpose(1, 2), kv_cache.v.transpose(1, 2), scale, step.workspace,
+            q.contiguous(), keys, values, scale, step.workspace,
             max_token_per_sequence=_declared(step.max_query), max_sequence_kv=step.table.shape[1] * page_size,
-            actual_seq_lens_kv=step.kv_lens.view(-1, 1, 1, 1), block_tables=step.table, causal=True,
+            actual_seq_lens_kv=step.key_lens, block_tables=step.table, causal=True,
             return_lse=return_lse, batch_offsets_q=offsets, batch_offsets_stats=offsets if return_lse else None,
             batch_offsets_units="tokens", lse=lse, lse_base="ln",
         )  # fmt: skip
@@ -77,8 +81,21 @@ def _prefill(b: Binding) -> Kernels:
     return Kernels(plan=_planner(b), call=call)
 
 
-def _planner(b: Binding) -> Any:
-    return planner(b, table_multiple=max(1, KEYS // (b.page_size or 1)))
+def heads_first(kv_cache: Any) -> tuple[Tensor, Tensor]:
+    """k and v as (pages, heads, page, width)."""
+    made = kv_cache.memo["cudnn"] = kv_cache.k.transpose(1, 2), kv_cache.v.transpose(1, 2)
+    return made
+
+
+def _planner(b: Binding) -> Callable[..., Scratch]:
+    fill = planner(b, table_multiple=max(1, KEYS // (b.page_size or 1)))
+
+    def plan(batch: Batch, *, capture: Capture | None = None, out: Scratch | None = None) -> Scratch:
+        step = fill(batch, capture=capture, out=out)
+        step.key_lens = step.kv_lens.view(-1, 1, 1, 1)
+        return step
+
+    return plan
 
 
 def _declared(longest: int) -> int:

@@ -21,12 +21,14 @@ MOST_PROCESSORS = 256
 class Scratch(Paged):
     """Workspace and counters of one plan. The kernels leave the counters at zero after every launch."""
 
-    __slots__ = ("counters", "cu_kv", "workspace")
+    __slots__ = ("counters", "cu_kv", "key_lens", "workspace")
 
     workspace: Tensor
     counters: Tensor
     cu_kv: Tensor
     """Cumulative key lengths, int32 ``(rows + 1,)``, on the device; for prefill."""
+    key_lens: Tensor
+    """Key lengths as cuDNN wants them, int32 ``(rows, 1, 1, 1)``, on the device."""
 
 
 def counters(rows: int, heads: int, device: torch.device) -> Tensor:
