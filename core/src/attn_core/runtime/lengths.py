@@ -133,6 +133,8 @@ class Lengths:
         return offsets, sizes, ends
 
     def _pages_of_many(self, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        if page_size == 1:
+            return self.cu_kv, self.kv, self.kv.clamp(max=1)
         before = (self.kv - 1).floor_divide_(page_size)  # pages before the last; -1 where there is none
         last = torch.minimum(torch.sub(self.kv, before, alpha=page_size), self.kv)
         counts = before.add_(1)
