@@ -39,6 +39,8 @@ def test_an_output_with_gaps():
     step(bind(spec(), BACKEND, lse=True, page_size=4)).check_gaps()
     group = bind(spec(attn_type="encoder_only"), BACKEND, lse=True)
     encode_step(group, Lengths((5, 9, 1, 20), (5, 9, 1, 20))).check_gaps()
+    group = bind(spec(attn_type="cross"), BACKEND, lse=True, page_size=4)
+    cross_step(group, Lengths((1, 1, 5, 6), (7, 3, 20, 4))).check_gaps()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

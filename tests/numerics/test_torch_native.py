@@ -50,6 +50,7 @@ def test_an_output_with_gaps(lengths):
     rows = Lengths(lengths.kv, lengths.kv)
     encode_step(bind(spec(attn_type="encoder_only"), lse=True), rows).check_gaps()
     step(bind(mla_spec(), form="absorbed", lse=True, page_size=4), lengths).check_gaps()
+    step(bind(mla_spec(sparse="dsa", topk=6), lse=True, page_size=4), lengths).check_gaps()
 
 
 @pytest.mark.parametrize("written_out", [False, True])

@@ -14,9 +14,10 @@ import torch
 from attn_core import MissingKernelError, NoBackendError, cpu, simulate
 from attn_core.backends import torch_native
 from attn_core.errors import BadInputError
-from numerics.kernel_cases import Lengths
+from attn_core.runtime import adapt
+from numerics.kernel_cases import Lengths, gapped
 from simulators import intel_amx
-from simulators.contract import Refused
+from simulators.contract import Misuse, Refused
 from simulators.harness import Case, Mutation, bound, make_step, mutated, rows_of, wrong
 from simulators.intel_amx import VERSIONS, registered
 
@@ -308,3 +309,13 @@ def test_mistakes_are_noticed(mutation: Mutation) -> None:
 
 def test_nothing_is_noticed_without_a_mistake() -> None:
     assert not any(trial() for trial in trials())
+
+
+def test_gaps_in_out_taken_for_none_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the core's guard, which hands on an out with gaps to no kernel that does not claim it."""
+    with registered(next(iter(VERSIONS))):
+        assert not wrong(make_step(bound(ROWS, PLAIN[0]), PLAIN[0]), PLAIN[0])
+        monkeypatch.setattr(adapt, "_with_packed_out", lambda call: call)
+        step = make_step(bound(ROWS, PLAIN[0]), PLAIN[0])
+        with pytest.raises((Misuse, Refused), match="contiguous"):
+            step.run(out=gapped(torch.zeros(step.q.shape, dtype=step.q.dtype)))

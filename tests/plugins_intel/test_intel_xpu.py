@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from attn_core import BadInputError, MissingKernelError, NoBackendError, simulate
-from numerics.kernel_cases import Lengths
+from attn_core.runtime import adapt
+from numerics.kernel_cases import Lengths, gapped
 from simulators.contract import Misuse
 from simulators.harness import (
     DECODE,
@@ -178,3 +179,16 @@ MUTATIONS = [
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
 def test_mistakes_are_noticed(mutation: Mutation) -> None:
     assert caught(mutation, attempts(ROWS, GRID, lambda: [stand_in()]))
+
+
+def test_gaps_taken_for_none_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the core's guard, which hands on an out with gaps to no kernel that does not claim it."""
+    for case in GRID[:3]:
+        with installed(stand_in()):
+            assert not wrong(make_step(bound(ROWS, case), case), case)
+    monkeypatch.setattr(adapt, "_with_packed_out", lambda call: call)
+    for case in GRID[:3]:
+        with installed(stand_in()):
+            step = make_step(bound(ROWS, case), case)
+        with pytest.raises(Misuse, match="gaps"):
+            step.run(out=gapped(torch.zeros(step.q.shape, dtype=step.q.dtype)))

@@ -13,6 +13,7 @@ import torch
 from vllm_cpu_cases import SLOPES, bind, device, spec, step
 
 from attn_core import NoBackendError
+from attn_core.runtime import adapt
 from numerics.kernel_cases import Lengths
 
 pytestmark = pytest.mark.usefixtures("vllm_cpu")
@@ -38,6 +39,20 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(feature: str, dtype: str) -> None:
     step(bind(spec(dtype=dtype, **FEATURES[feature]))).check()
+
+
+def test_gaps_in_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels take the strides of out from its shape. Without the core's guard they fill the wrong places."""
+
+    def filled() -> list[str]:
+        s = step(bind(spec()))
+        room = torch.zeros(s.q.shape[0], 2, *s.q.shape[1:])
+        assert s.run(out=room[:, 0]).data_ptr() == room.data_ptr()
+        return [*s.wrong(room[:, 0]), *(["written between the rows"] if room[:, 1].any() else [])]
+
+    assert not filled()
+    monkeypatch.setattr(adapt, "_with_packed_out", lambda call: call)
+    assert filled()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

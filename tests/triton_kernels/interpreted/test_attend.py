@@ -60,6 +60,9 @@ def test_an_output_with_gaps():
         step(bind(spec(), lse=True, page_size=8), LENGTHS).check_gaps()
         step(bind(spec(), lse=True, page_size=8), Lengths((1,), (150,))).check_gaps()
         encode_step(bind(spec(attn_type="encoder_only"), lse=True), Lengths((5, 19), (5, 19))).check_gaps()
+        for more in ({}, {"sparse": "dsa", "topk": 6}):
+            group = bind(mla_spec(**more), form="absorbed", lse=True, page_size=4)
+            step(group, Lengths((1, 1, 5), (40, 1, 20))).check_gaps()
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -143,7 +143,7 @@ class OverPages(NamedTuple):
 def _over_pages(b: Binding, names: Names) -> OverPages:
     attend = load(TORCH_NPU, "torch_npu", names.operator)
     always = {**fixed(b, names), "block_size": b.page_size}
-    if b.role != "decode" or b.graph not in ("decode", "full"):
+    if b.role != "decode" or b.graph not in ("decode", "full"):  # never captured: nothing is ever recorded
         return OverPages(refilled(lambda capture: Pages(names, always, None)), attend, lambda: False, attend)
     workspace = load(TORCH_NPU, "torch_npu", f"_{names.operator}_get_max_workspace")
     npu, weak = runtime()
