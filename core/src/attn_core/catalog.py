@@ -87,7 +87,9 @@ class Installed:
     assume: bool = False
     without: frozenset[str] = frozenset()
     impostors: Mapping[str, str] = field(default_factory=dict)
-    """Installed packages that lack the vendor's symbols: name -> what is missing."""
+    """Installed packages that are not the vendor's: name -> which of its symbols are missing."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Symbols that an installed package of the vendor's was built without: symbol -> what it is missing from."""
     unusable: Mapping[str, str] = field(default_factory=dict)
     """Rows' ``bind`` that turned out to miss their kernel: ``module:function`` -> why."""
 
@@ -98,9 +100,14 @@ class Installed:
     def version(self, requirement: Requirement, written_for: Mapping[str, str]) -> str | None:
         """The version that counts for a requirement, None when absent, ``""`` when present and unknown."""
         name = requirement.name
-        if name in self.without or name in self.impostors:
+        if name in self.without or self.objection(requirement):
             return None
         found = self.versions.get(name)
         if found is None and self.assume:
             return written_for.get(name, "")
         return found
+
+    def objection(self, requirement: Requirement) -> str:
+        """Why the installed package does not count for a requirement; empty when it does, or there is none."""
+        texts = (self.lacking[s] for s in requirement.symbols if s in self.lacking)
+        return self.impostors.get(requirement.name) or next(texts, "")

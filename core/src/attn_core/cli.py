@@ -314,7 +314,7 @@ def _package_rows(catalog: Catalog, present: Installed) -> list[dict[str, Any]]:
     for spec, (r, backends) in sorted(asks.items()):
         found = present.version(r, {})
         fits = found is not None and (not found or r.admits(found))
-        hint = "" if fits else present.impostors.get(r.name) or r.install or f"install {spec}"
+        hint = "" if fits else present.objection(r) or r.install or f"install {spec}"
         rows.append({"requires": spec, "found": found, "fits": fits, "backends": sorted(backends), "hint": hint})
     return rows
 

@@ -45,6 +45,26 @@ def test_marks_of_proof_name_backends_that_exist():
     assert set(print_support.PROOF) <= there
 
 
-def test_nothing_claims_to_have_run_on_an_accelerator():
-    """Until it has: then this test, the page's words and the record of the run change together."""
+def test_only_what_a_record_holds_claims_to_have_run_on_an_accelerator():
     assert {platform for (_, platform, _), mark in print_support.PROOF.items() if mark == "h"} == {"cpu"}
+    marked, platform, where = set(), "", ""
+    for line in print_support.PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith(("## ", "**")):
+            where = line.strip("#* ")
+            platform = where if line.startswith("## ") else platform
+        elif platform not in ("cpu", "Core, on every device") and "| h |" in line:
+            marked |= {f"{platform}:{arch}" for arch in where.split(", ")}
+    assert marked == set(print_support.RAN)
+
+
+@pytest.mark.parametrize("where", sorted(print_support.RAN))
+def test_what_ran_went_through_rows_that_exist(where):
+    """A record outlives the rows it was made with; then it proves nothing, and the run is due again."""
+    platform, _, arch = where.partition(":")
+    plugins = load_plugins(strict=False)
+    (device,) = (d for d in plugins.platforms()[platform].known if d.arch == arch)
+    rows = plugins.catalog((device,)).devices[str(device)].backends
+    there = {(r.backend, r.role, " ".join(filter(None, (r.bind, r.form)))) for r in rows}
+    for backend, cases in print_support.RAN[where]["results"].items():
+        for case in cases.values():
+            assert {(backend, role, by) for role, by in case.get("through", {}).items()} <= there

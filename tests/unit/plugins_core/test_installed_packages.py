@@ -95,3 +95,13 @@ def test_toolkits_of_the_device_win_over_packages_of_that_name(site: Path) -> No
     assert installed(need, devices=(new, old)).versions == installed(need, devices=(old, new)).versions
     assert installed(need, devices=(new, old)).versions["acme-toolkit"] == "9.1"
     assert installed(need, devices=(new,)).impostors == {}
+
+
+def test_a_build_without_one_kernel_does_not_count_for_it(site: Path) -> None:
+    """vLLM has a file per FlashAttention, and not every build has all: a row needs its own, not just the package."""
+    distribution(site, "acme-pkg", modules={"acme_pkg.__init__": BOMB, "acme_pkg.one": BOMB})
+    without, with_ = needs("acme-pkg", "acme_pkg.two"), needs("acme-pkg", "acme_pkg.one")
+    found = installed(without, with_)
+    assert found.version(with_, {}) == "1.0"
+    assert found.version(without, {}) is None
+    assert found.objection(without) == "the installed acme-pkg 1.0 was built without acme_pkg.two"

@@ -64,6 +64,7 @@ def describe(
         },
         "packages": packages(declared, platform.installed),
         "impostors": dict(platform.installed.impostors),
+        "lacking": dict(platform.installed.lacking),
         "unusable": dict(platform.installed.unusable),
         "error": None,
     }  # fmt: skip
@@ -96,7 +97,9 @@ def packages(declared: DeviceCatalog, installed: Installed) -> dict[str, str]:
 
 
 def installed_of(said: Mapping[str, Any]) -> Installed:
-    return Installed(versions=said["packages"], impostors=said["impostors"], unusable=said["unusable"])
+    return Installed(
+        versions=said["packages"], impostors=said["impostors"], lacking=said["lacking"], unusable=said["unusable"]
+    )
 
 
 def device_of(said: Mapping[str, Any]) -> Device:

@@ -21,7 +21,7 @@ from attn_core.resolve.joint import Member, resolve_jointly
 from attn_core.spec import Device, EngineOptions, ModelSpec
 from attn_core.spec.decision import canonical_json
 
-_MUST_SAY = ("asks", "device", "roles", "plugins", "packages", "impostors", "unusable")
+_MUST_SAY = ("asks", "device", "roles", "plugins", "packages", "impostors", "lacking", "unusable")
 
 
 def decide(
@@ -86,7 +86,7 @@ def solve(parts: Sequence[Part], model: ModelSpec, options: EngineOptions) -> Fl
 
 def _content(p: Part) -> tuple[Any, ...]:
     i = p.installed
-    packages = [sorted(m.items()) for m in (i.versions, i.impostors, i.unusable)]
+    packages = [sorted(m.items()) for m in (i.versions, i.impostors, i.lacking, i.unusable)]
     return canonical_json(p.device.to_json()), sorted(p.words or ()), packages, sorted(i.without), p.ranks.spans
 
 

@@ -25,7 +25,8 @@ def installed_packages(catalog: Catalog, devices: Iterable[Device] = ()) -> Inst
 
     A package whose metadata is missing but whose symbols are found (built from source) is present at the unknown
     version ``""``. One that is installed but proves none of the requirements on it by its symbols is an impostor:
-    package indexes have strangers of the same name. Of two devices' toolkits the older counts.
+    package indexes have strangers of the same name. One that proves some is the vendor's, built without the rest: vLLM
+    has a file per FlashAttention, and not every build has all. Of two devices' toolkits the older counts.
     """
     wanted: dict[str, list[tuple[str, ...]]] = {}
     for d in catalog.devices.values():
@@ -36,27 +37,29 @@ def installed_packages(catalog: Catalog, devices: Iterable[Device] = ()) -> Inst
     path = tuple(p for p in sys.path if isinstance(p, str))
     versions: dict[str, str] = {}
     impostors: dict[str, str] = {}
+    lacking: dict[str, str] = {}
     for name, proofs in wanted.items():
         version = _version(name, path)
         missing = [
             [s for s in symbols if s not in sys.modules and not module_found(s, path)] for symbols in proofs if symbols
         ]
         proven = not all(missing)
-        if version is None:
-            if proven:
-                versions[name] = ""
+        if version is None and not proven:
             continue
-        versions[name] = version
+        versions[name] = version or ""
+        symbols = sorted({s for m in missing for s in m})
+        here = f"the installed {name} {version or ''}".rstrip()
         if missing and not proven:
-            lacks = ", ".join(sorted({s for m in missing for s in m}))
-            impostors[name] = f"the installed {name} {version} is another package or a broken one: it lacks {lacks}"
+            impostors[name] = f"{here} is another package or a broken one: it lacks {', '.join(symbols)}"
+        else:
+            lacking.update((s, f"{here} was built without {s}") for s in symbols)
     toolkits: dict[str, str] = {}
     for device in devices:
         for name, version in device.versions.items():
             both = filter(None, (toolkits.get(canonical(name)), _readable(version)))
             toolkits[canonical(name)] = min(both, key=Version, default="")
     strangers = {name: text for name, text in impostors.items() if name not in toolkits}
-    return Installed(versions={**versions, **toolkits}, impostors=strangers)
+    return Installed(versions={**versions, **toolkits}, impostors=strangers, lacking=lacking)
 
 
 def _readable(version: str | None) -> str:

@@ -262,10 +262,8 @@ class Judge:
             found = self.installed.version(requirement, self.written_for.get(spec.plugin, {}))
             hint = requirement.install or f"install {requirement.spec}"
             if found is None:
-                impostor = self.installed.impostors.get(package)
-                yield self._raw(
-                    "package", row, package, requirement.spec, None, f"{impostor}; {hint}" if impostor else hint
-                )
+                wrong = self.installed.objection(requirement)
+                yield self._raw("package", row, package, requirement.spec, None, f"{wrong}; {hint}" if wrong else hint)
             elif found and not requirement.admits(found):
                 yield self._raw("version", row, package, found, requirement.range, hint)
         if why := self.installed.unusable.get(spec.bind or ""):

@@ -15,6 +15,9 @@ _INSTALL = {"cuda": "pip install 'attn-core[triton]'", "rocm": "pip install 'att
 _NAMES = {"xpu": "triton-xpu"}
 """Distributions other than ``triton``: Intel's compiler is a fork."""
 
+_FLOOR = {"cuda": "3.6", "sm_110": "3.7"}
+"""Oldest Triton that the kernels compile with, where it is not 3.7; the assembler of 3.6 does not know sm_110a."""
+
 _NO_E4M3 = frozenset({"sm_75", "sm_80", "sm_86"})
 """Triton has no conversion from fp8e4nv before sm_89; fp8e5 and int8 it has everywhere."""
 
@@ -56,7 +59,8 @@ _EAGER = OneOf("decode", "piecewise", "none")
 """Prefill is in no graph of decode steps; its own launches depend on the batch."""
 
 EVIDENCE = {
-    "cuda": "tests/triton_kernels: float64 reference in Triton's interpreter, compiled for sm_75 to sm_121; not run",
+    "cuda": "tests/triton_kernels: float64 reference in Triton's interpreter, compiled for sm_75 to sm_121; "
+    "run on an H100 (docs/hardware/cuda-sm_90.json)",
     "rocm": "tests/triton_kernels: float64 reference in Triton's interpreter, compiled for gfx90a to gfx1250; not run",
     "xpu": "tests/triton_kernels: float64 reference in Triton's interpreter; neither compiled nor run for XPU",
 }
@@ -89,8 +93,9 @@ def backends(device: Device) -> Iterator[BackendSpec]:
     if device.platform not in FAMILIES:
         return
     found = family(device.platform, device.arch, device.shared_memory_per_block)
+    floor = _FLOOR.get(device.arch) or _FLOOR.get(device.platform, "3.7")
     needs = Requirement(
-        f"{_NAMES.get(device.platform, 'triton')}>=3.7", written_for="3.9.0", symbols=("triton.language",),
+        f"{_NAMES.get(device.platform, 'triton')}>={floor}", written_for="3.9.0", symbols=("triton.language",),
         install=_INSTALL[device.platform],
     )  # fmt: skip
     kv_dtypes = OneOf("auto", *(() if device.arch in _NO_E4M3 else ("fp8_e4m3",)), "fp8_e5m2", "int8")
