@@ -49,7 +49,7 @@ def test_nsa_is_another_name_for_dsa():
         ("cuda:a100", {"flashinfer"}, {"triton"}),
         ("cuda:a10", {"flashinfer"}, {"triton"}),
         ("cuda:l40s", {"flashinfer"}, {"triton"}),
-        ("cuda:t4", {"triton"}, {"triton", "torch_native"}),
+        ("cuda:t4", {"triton"}, {"triton"}),
         ("rocm:mi300x", {"aiter"}, {"aiter"}),
         ("rocm:mi355x", {"aiter"}, {"aiter"}),
         ("ascend:910b3", {"ascend"}, {"ascend"}),

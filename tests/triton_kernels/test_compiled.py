@@ -20,7 +20,8 @@ PAIRS = [
     ("decode 128", "sm_80"), ("decode 128", "sm_90"), ("decode 128", "sm_121"), ("decode 128", "gfx942"),
     ("decode 128", "gfx1201"), ("decode 64, sinks, window", "sm_86"), ("decode 64, sinks, window", "sm_120"),
     ("decode 256, softcap", "sm_100"), ("decode 128, fp8", "sm_89"), ("decode MLA", "sm_90"), ("decode MLA", "sm_80"),
-    ("decode MLA", "gfx950"), ("verify 128, tree", "sm_110"), ("prefill 128", "sm_90"), ("prefill 128", "sm_103"),
+    ("decode MLA", "gfx950"), ("decode MLA", "sm_75"), ("decode MLA, sparse", "sm_75"), ("verify 128, tree", "sm_110"),
+    ("prefill 128", "sm_90"), ("prefill 128", "sm_103"),
     ("prefill 128", "sm_120"), ("prefill 128", "gfx90a"), ("prefill 64, sinks, window", "sm_80"),
     ("prefill 256, softcap", "sm_90"), ("prefill MLA 192/128", "sm_100"), ("encode 32", "sm_75"),
     ("encode 32", "gfx1100"), ("decode 128", "gfx1250"), ("merge 128", "sm_90"),
@@ -55,7 +56,8 @@ def table_says(launch: Launch, arch: str) -> int:
     buffers = max(1, (c["num_stages"] - 1) // (2 if c["PAGE"] else 1))
     tile = config.Tile(c["BLOCK_M"], c["BLOCK_N"], c["num_warps"], buffers)
     return config.shared(
-        tile, parts(c["WIDTH"]), parts(c["V_WIDTH"]), config.family(where.platform, arch), joined=c["JOINED"],
+        tile, parts(c["WIDTH"]), parts(c["V_WIDTH"]), config.family(where.platform, arch),
+        joined=c["JOINED"] or c["HALF"] > 0,
         itemsize=q.dtype.itemsize, stored=k.dtype.itemsize,
     )  # fmt: skip
 
@@ -99,7 +101,8 @@ def test_compiled_for_every_arch(name, arch):
 def test_what_is_refused_is_what_an_arch_cannot_do():
     no = {(name, arch) for name in CASES for arch in ARCHS if refused(name, arch)}
     fp8 = {(n, a) for n in CASES if "fp8" in n for a in ("sm_75", "sm_80", "sm_86")}
-    wide = {(n, a) for n in CASES if "MLA" in n or "512" in n for a in ("sm_75", "gfx1100", "gfx1201")}
+    wide = {(n, a) for n in CASES if "MLA" in n or "512" in n for a in ("gfx1100", "gfx1201")}
+    wide |= {(n, "sm_75") for n in CASES if "512" in n and "MLA" not in n}
     too_wide = {(n, "gfx1100") for n in CASES if "256" in n}
     assert no == fp8 | wide | too_wide
 

@@ -22,7 +22,7 @@ from kernel_cases import (
 )  # fmt: skip
 from test_mla import LENGTHS as PREFILL
 from test_mla import Weights, wanted
-from triton_cases import SMALL, bind, tiled
+from triton_cases import SM75, SMALL, bind, pieces, tiled
 
 from attn_core.runtime import Batch
 from attn_core.runtime.plan import Capture
@@ -253,6 +253,28 @@ def test_absorbed_mla_with_all_it_claims(fields, kv_dtype):
 def test_absorbed_mla_in_deepseeks_sizes():
     s = mla_spec(num_heads=16, nope_dim=128, rope_dim=64, head_dim=192, v_head_dim=128, latent_dim=512)
     step(bind(s, form="absorbed", lse=True, page_size=16), Lengths((1,), (40,))).check()
+
+
+HALVES = {
+    "plain": {},
+    "split": {"mla_query": "split", "kv_layout": "MLA_SPLIT"},
+    "float16": {"dtype": "float16"},
+    "e5m2": {"kv_cache_dtype": "fp8_e5m2"},
+    "softcap, sinks": {"logit_softcap": 2.0, "sinks": True},
+    "sparse": {"sparse": "dsa", "topk": 21},
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_latent_in_halves(name):
+    """Turing's way, in pieces that are merged."""
+    given = dict(HALVES[name])
+    options = {n: given.pop(n) for n in ("mla_query", "kv_layout", "kv_cache_dtype") if n in given}
+    s = mla_spec(num_heads=5, nope_dim=16, rope_dim=64, head_dim=80, v_head_dim=16, latent_dim=512, **given)
+    with pieces(16):
+        group = bind(s, form="absorbed", device=SM75, lse=True, page_size=8, **options)
+        made = step(group, Lengths((1, 3), (70, 20)), scales=(0.5, 0.5) if "kv_cache_dtype" in options else (1.0, 1.0))
+        made.check(ulps=3.0)
 
 
 @pytest.mark.parametrize("kind", ["absorbed", "split", "heads"])

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from kernel_cases import SLOPES, Lengths, cross_step, encode_step, mla_spec, spec, step
-from triton_cases import SMALL, bind, tiled
+from triton_cases import SM75, SMALL, bind, tiled
 
 from attn_core.backends.triton import attend, kv_write, launch, pages, schedule
 
@@ -53,6 +53,11 @@ def spans() -> None:
 
 def latent() -> None:
     step(bind(mla_spec(), form="absorbed", lse=True, page_size=8), STEPS).check()
+
+
+def halves() -> None:
+    s = mla_spec(nope_dim=16, rope_dim=64, head_dim=80, v_head_dim=16, latent_dim=512)
+    step(bind(s, form="absorbed", device=SM75, lse=True, page_size=8), Lengths((1,), (37,))).check()
 
 
 def sparse() -> None:
@@ -103,6 +108,9 @@ MUTANTS = {
         attend, "factor = scale\n", "factor = 1.0 / tl.sqrt((MAIN + REST) * 1.0)\n", lambda: decoder(head_dim=24)
     ),
     "rest of the width dropped": Mutant(attend, "if REST:\n        k_more", "if REST < 0:\n        k_more", latent),
+    "first half of the keys twice": Mutant(attend, "load_keys(k + MAIN, page", "load_keys(k, page", halves),
+    "first half of q twice": Mutant(attend, "q_at[:, None] + MAIN + tl", "q_at[:, None] + tl", halves),
+    "first half of v twice": Mutant(attend, "load_keys(v + V_MAIN, page", "load_keys(v, page", halves),
     "scale of k dropped": Mutant(attend, "factor * tl.load(k_scale + kv_head * k_scale_head)", "factor", quantised),
     "scale of v dropped": Mutant(attend, "weight * tl.load(v_scale + kv_head * v_scale_head)", "weight", quantised),
     "heads interleaved": Mutant(

@@ -18,7 +18,7 @@ from attn_core.runtime import BoundGroup
 from attn_core.runtime.backend import bind_decision
 from attn_core.spec import AttentionSpec, Device, EngineOptions, ModelSpec
 
-SM90 = Device(platform="cuda", arch="sm_90")
+SM75, SM90 = (Device(platform="cuda", arch=arch) for arch in ("sm_75", "sm_90"))
 
 
 def bind(spec: AttentionSpec, form: str | None = None, mla_query: str | None = None, device: Device = SM90,
@@ -43,9 +43,15 @@ SMALL = (16, 16, 4)
 @contextmanager
 def tiled(tile: tuple[int, int, int], fewest_keys: int | None = None) -> Iterator[None]:
     """What is bound and planned inside uses this tile for every shape, and pieces of as few keys as said."""
-    patch = pytest.MonkeyPatch()
-    with patch.context() as p:
+    with pytest.MonkeyPatch().context() as p, pieces(fewest_keys):
         p.setattr(config, "tile", lambda *_, **__: config.Tile(*tile))
+        yield
+
+
+@contextmanager
+def pieces(fewest_keys: int | None) -> Iterator[None]:
+    """What is planned inside cuts keys into pieces of as few as said; None: as always."""
+    with pytest.MonkeyPatch().context() as p:
         if fewest_keys is not None:
             p.setattr(schedule, "FEWEST_KEYS", fewest_keys)
         yield

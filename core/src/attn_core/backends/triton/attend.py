@@ -13,6 +13,9 @@ each key is read once for all of them. For row r of a tile::
 multiplied by log2(e) beforehand. A width is taken as a power of two and a rest (192 = 128 + 64, MLA's
 576 = 512 + 64), because a tensor's side must be a power of two; where v is the front of k (MLA), it is read once.
 
+On Turing a latent of 512 comes in two halves (``HALF``), as products there keep their factors in shared memory in
+float32. Keys are then the left factor and v is read anew: so one half at a time is there, and nothing spills.
+
 Triton compiles the branches on constants (upper case) away, so each group of layers gets a kernel with its own rules.
 """
 
@@ -35,8 +38,8 @@ def attend(
     q_token, q_head, q_rest_token, q_rest_head,
     k_page, k_place, k_head, k_rest_page, k_rest_place, k_rest_head, v_page, v_place, v_head,
     out_token, out_head, table_row, indices_token, bias_seq, bias_head, bias_token, k_scale_head, v_scale_head,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    V_WIDTH: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
+    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, V_WIDTH: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
     Q_REST_AT: tl.constexpr, K_REST_AT: tl.constexpr, JOINED: tl.constexpr, PAGE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, TOPK: tl.constexpr,
     QUANTISED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -89,10 +92,12 @@ def attend(
     columns, rest = tl.arange(0, MAIN), tl.arange(0, REST if REST else 1)
     q_at = at_token * q_token + head * q_head
     q_main = tl.load(q + q_at[:, None] + columns[None, :], mask=live[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    q_more = q_main
+    q_half, q_more = q_main, q_main
+    if HALF:
+        q_half = tl.load(q + q_at[:, None] + MAIN + tl.arange(0, HALF)[None, :], mask=live[:, None], other=0.0)
     if REST:
         q_at = at_token * q_rest_token + head * q_rest_head + Q_REST_AT
-        rest_live = live[:, None] & (MAIN + rest < WIDTH)[None, :]
+        rest_live = live[:, None] & (MAIN + HALF + rest < WIDTH)[None, :]
         q_more = tl.load(q_rest + q_at[:, None] + rest[None, :], mask=rest_live, other=0.0)
     factor = scale
     if QUANTISED:
@@ -123,12 +128,12 @@ def attend(
     acc_more = tl.zeros([BLOCK_M, V_REST if V_REST else 1], tl.float32)
     for n in range(low, high, BLOCK_N):
         m, norm, acc, acc_more = attend_block(
-            m, norm, acc, acc_more, q_main, q_more, n, left, clear, high, position, first, end_seen, token, live,
-            factor, slopes, slope, k + kv_head * k_head, k_rest + kv_head * k_rest_head + K_REST_AT,
+            m, norm, acc, acc_more, q_main, q_half, q_more, n, left, clear, high, position, first, end_seen, token,
+            live, factor, slopes, slope, k + kv_head * k_head, k_rest + kv_head * k_rest_head + K_REST_AT,
             v + kv_head * v_head, pages, key_start, wanted, new_tokens, bias, bias_at, spans, span_start, span_end,
             offset, q_len,
             k_page, k_place, k_rest_page, k_rest_place, v_page, v_place,
-            WIDTH, MAIN, REST, V_WIDTH, V_MAIN, V_REST, JOINED, PAGE, SOFTCAP, WINDOW or CHUNK, TOPK, BLOCK_N,
+            WIDTH, MAIN, HALF, REST, V_WIDTH, V_MAIN, V_REST, JOINED, PAGE, SOFTCAP, WINDOW or CHUNK, TOPK, BLOCK_N,
         )  # fmt: skip
 
     if partial >= 0:
@@ -164,10 +169,10 @@ def sees(position, kv_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def attend_block(
-    m, norm, acc, acc_more, q_main, q_more, n, left, clear, high, position, first, end, token, live, factor,
+    m, norm, acc, acc_more, q_main, q_half, q_more, n, left, clear, high, position, first, end, token, live, factor,
     slopes, slope, k, k_rest, v, pages, key_start, wanted, new_tokens, bias, bias_at, spans, span_start, span_end,
     offset, q_len, k_page, k_place, k_rest_page, k_rest_place, v_page, v_place,
-    WIDTH: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    WIDTH: tl.constexpr, MAIN: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     V_WIDTH: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr, JOINED: tl.constexpr, PAGE: tl.constexpr,
     SOFTCAP: tl.constexpr, BANDED: tl.constexpr, TOPK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -191,9 +196,14 @@ def attend_block(
         page, place = tl.load(pages + n // PAGE).to(tl.int64), at - n // PAGE * PAGE
 
     k_main = load_keys(k, page * k_page + place * k_place, 0, WIDTH, MAIN, q_main.dtype)
-    x = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
+    if HALF:
+        x = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
+        k_half = load_keys(k + MAIN, page * k_page + place * k_place, MAIN, WIDTH, HALF, q_main.dtype)
+        x = tl.trans(tl.dot(k_half, tl.trans(q_half), x, input_precision="ieee"))
+    else:
+        x = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
     if REST:
-        k_more = load_keys(k_rest, page * k_rest_page + place * k_rest_place, MAIN, WIDTH, REST, q_main.dtype)
+        k_more = load_keys(k_rest, page * k_rest_page + place * k_rest_place, MAIN + HALF, WIDTH, REST, q_main.dtype)
         x = tl.dot(q_more, tl.trans(k_more), x, input_precision="ieee")
 
     if SOFTCAP > 0:  # cap * tanh(y) with tanh(y) = 1 - 2 / (exp(2 y) + 1)
@@ -227,26 +237,30 @@ def attend_block(
     norm = norm * shrink + tl.sum(p, 1)
     p = p.to(q_main.dtype)
 
+    AGAIN: tl.constexpr = "evict_last" if HALF else ""  # a load that the compiler does not take for the first one
     if JOINED:
         v_main = k_main
     else:
-        v_main = load_keys(v, page * v_page + place * v_place, 0, V_WIDTH, V_MAIN, q_main.dtype)
+        v_main = load_keys(v, page * v_page + place * v_place, 0, V_WIDTH, V_MAIN, q_main.dtype, AGAIN)
     acc = tl.dot(p, v_main, acc * shrink[:, None], input_precision="ieee")
     if V_REST:
-        v_more = load_keys(v + V_MAIN, page * v_page + place * v_place, V_MAIN, V_WIDTH, V_REST, q_main.dtype)
+        v_more = load_keys(v + V_MAIN, page * v_page + place * v_place, V_MAIN, V_WIDTH, V_REST, q_main.dtype, AGAIN)
         acc_more = tl.dot(p, v_more, acc_more * shrink[:, None], input_precision="ieee")
     return top, norm, acc, acc_more
 
 
 @triton.jit
-def load_keys(base, at, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+def load_keys(
+    base, at, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):  # fmt: skip
     """Columns ``FIRST`` to ``FIRST + BLOCK`` of the keys at offsets ``at``, as ``dtype``; zeros beyond WIDTH."""
     column = tl.arange(0, BLOCK)
     address = base + at[:, None] + column[None, :]
     if FIRST + BLOCK > WIDTH:
         x = tl.load(address, mask=(FIRST + column < WIDTH)[None, :], other=0.0)
     else:
-        x = tl.load(address)
+        x = tl.load(address, eviction_policy=EVICTION)
     if base.dtype.element_ty.is_int():  # exact in every float; the interpreter cannot go to bfloat16 directly
         x = x.to(tl.float32)
     return x.to(dtype)

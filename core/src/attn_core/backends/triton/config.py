@@ -54,6 +54,8 @@ class Family:
     """Products of 64 rows are the work of four warps together (wgmma, tcgen05)."""
     prefill: tuple[Tile, ...]
     """Best first."""
+    halves: Tile | None = None
+    """The tile of MLA whose latent is wider than 256 and comes in two halves; None: it comes as one."""
     keys: int
     """block_n of decode, where it fits."""
     buffers: int = 2
@@ -76,7 +78,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "cuda": (
         Family(
             archs=frozenset({"sm_75"}), shared=64 * KIB, lanes=32, registers=_FMA, prefill=_MODEST, keys=32, buffers=1,
-            units=40,
+            halves=SMALLEST, units=40,
         ),
         Family(
             archs=frozenset({"sm_86", "sm_89", "sm_120", "sm_121"}), shared=99 * KIB, lanes=32, registers=_NVIDIA,
@@ -138,6 +140,8 @@ def tile(found: Family, q: Parts, v: Parts, *, joined: bool, itemsize: int, stor
 
     Raises :class:`AttnCoreError` where not even the smallest tile fits.
     """
+    if in_halves(found, v, joined=joined):
+        return found.halves or SMALLEST
     for chosen, share in ((t, 1) for t in found.prefill) if rows is None else _decode(found, v, rows):
         limit = found.registers_of_eight if chosen.warps == 8 and found.registers_of_eight else found.registers
         limit = limit if itemsize == 2 else min(_FMA, limit)
@@ -150,6 +154,11 @@ def tile(found: Family, q: Parts, v: Parts, *, joined: bool, itemsize: int, stor
         f"triton: no tile for head_dim={q.width}, v_head_dim={v.width} in {found.shared} bytes of shared memory and "
         f"{found.registers} registers a thread; choose another backend for this shape"
     )
+
+
+def in_halves(found: Family, v: Parts, *, joined: bool) -> bool:
+    """Whether keys come in two halves."""
+    return joined and found.halves is not None and v.columns > 256
 
 
 def _decode(found: Family, v: Parts, rows: int) -> Iterator[tuple[Tile, int]]:
@@ -166,6 +175,8 @@ def _decode(found: Family, v: Parts, rows: int) -> Iterator[tuple[Tile, int]]:
 def shared(t: Tile, q: Parts, v: Parts, found: Family, *, joined: bool, itemsize: int, stored: int) -> int:
     """Bytes of shared memory, at most: blocks of k and v, q, p on its way from one product to the next, and the
     accumulators where warp groups share rows. Tests hold it against what the compiler says."""
+    if in_halves(found, v, joined=joined):  # multiply-adds: q, and one half of the keys at a time, in float32
+        return 4 * (t.block_m * q.columns + t.block_n * v.columns // 2)
     row = q.columns + (0 if joined else v.columns)
     turned = t.block_m * v.columns * 4 if found.warp_groups and t.block_m >= 64 else 0
     return (

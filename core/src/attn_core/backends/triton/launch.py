@@ -143,6 +143,10 @@ def _bind(b: Binding, *, paged: bool, decode: bool) -> Kernels:
         everything=(decode and b.options.tree_mask) or spec.bidirectional_prefix,
         fixed=b.options.deterministic,
     )
+    halves = config.in_halves(family, v_parts, joined=joined)
+    rest_at = q_parts.main
+    if halves:
+        q_parts, v_parts = q_parts.halved(), v_parts.halved()
     stages = chosen.stages(paged)
     if spec.bias and b.device.platform == "rocm":
         stages = min(
@@ -156,12 +160,13 @@ def _bind(b: Binding, *, paged: bool, decode: bool) -> Kernels:
         "enable_fp_fusion": True,
     }  # fmt: skip
     constants: dict[str, Any] = {
-        **of_merge, "WIDTH": b.head_dim, "MAIN": q_parts.main, "REST": q_parts.rest,
-        "Q_REST_AT": 0 if split_q else q_parts.main,
-        "K_REST_AT": 0 if joined and b.kv_layout == "MLA_SPLIT" else q_parts.main,
-        "JOINED": joined, "PAGE": b.page_size if paged else 0, "CAUSAL": spec.causal, "WINDOW": b.sliding_window or 0,
-        "CHUNK": spec.attention_chunk or 0, "SOFTCAP": float(spec.logit_softcap or 0.0),
-        "BLOCK_N": chosen.block_n, "num_warps": chosen.warps, "num_stages": stages,
+        **of_merge, "WIDTH": b.head_dim, "MAIN": q_parts.main, "HALF": v_parts.rest if halves else 0,
+        "REST": q_parts.rest, "Q_REST_AT": 0 if split_q else rest_at,
+        "K_REST_AT": 0 if joined and b.kv_layout == "MLA_SPLIT" else rest_at,
+        "JOINED": joined and not halves, "PAGE": b.page_size if paged else 0, "CAUSAL": spec.causal,
+        "WINDOW": b.sliding_window or 0, "CHUNK": spec.attention_chunk or 0,
+        "SOFTCAP": float(spec.logit_softcap or 0.0), "BLOCK_N": chosen.block_n, "num_warps": chosen.warps,
+        "num_stages": stages,
     }  # fmt: skip
     slopes = None if b.alibi_slopes is None else torch.tensor(b.alibi_slopes, dtype=torch.float32, device=device)
     own_plan, sources = attrgetter(b.role), _sources(b, paged)

@@ -21,6 +21,14 @@ class Parts(NamedTuple):
         """Columns computed with, masked ones included."""
         return self.main + self.rest
 
+    def halved(self) -> Parts:
+        """The same with ``main`` in two: v keeps the second half as its rest, k (which has a rest) beside it.
+
+        >>> parts(512).halved(), parts(576).halved()
+        (Parts(width=512, main=256, rest=256), Parts(width=576, main=256, rest=64))
+        """
+        return Parts(self.width, self.main // 2, self.rest or self.main // 2)
+
 
 def parts(width: int) -> Parts:
     """96 is 64 + 32 and 192 is 128 + 64; but 112 is 128, since 64 + 64 would save nothing.
