@@ -237,14 +237,13 @@ def attend_block(
     norm = norm * shrink + tl.sum(p, 1)
     p = p.to(q_main.dtype)
 
-    AGAIN: tl.constexpr = "evict_last" if HALF else ""  # a load that the compiler does not take for the first one
     if JOINED:
         v_main = k_main
     else:
-        v_main = load_keys(v, page * v_page + place * v_place, 0, V_WIDTH, V_MAIN, q_main.dtype, AGAIN)
+        v_main = load_keys(v, page * v_page + place * v_place, 0, V_WIDTH, V_MAIN, q_main.dtype, HALF)
     acc = tl.dot(p, v_main, acc * shrink[:, None], input_precision="ieee")
     if V_REST:
-        v_more = load_keys(v + V_MAIN, page * v_page + place * v_place, V_MAIN, V_WIDTH, V_REST, q_main.dtype, AGAIN)
+        v_more = load_keys(v + V_MAIN, page * v_page + place * v_place, V_MAIN, V_WIDTH, V_REST, q_main.dtype, HALF)
         acc_more = tl.dot(p, v_more, acc_more * shrink[:, None], input_precision="ieee")
     return top, norm, acc, acc_more
 
@@ -252,15 +251,17 @@ def attend_block(
 @triton.jit
 def load_keys(
     base, at, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    AGAIN: tl.constexpr = 0,
 ):  # fmt: skip
     """Columns ``FIRST`` to ``FIRST + BLOCK`` of the keys at offsets ``at``, as ``dtype``; zeros beyond WIDTH."""
     column = tl.arange(0, BLOCK)
     address = base + at[:, None] + column[None, :]
     if FIRST + BLOCK > WIDTH:
         x = tl.load(address, mask=(FIRST + column < WIDTH)[None, :], other=0.0)
+    elif AGAIN:  # no load that the compiler takes for the first one
+        x = tl.load(address, eviction_policy="evict_last")
     else:
-        x = tl.load(address, eviction_policy=EVICTION)
+        x = tl.load(address)
     if base.dtype.element_ty.is_int():  # exact in every float; the interpreter cannot go to bfloat16 directly
         x = x.to(tl.float32)
     return x.to(dtype)
