@@ -77,7 +77,7 @@ def ran(row: BackendSpec, device: Device) -> frozenset[str]:
         facts = {**PLAIN, **{n: v for n, v in case["asked"].items() if n in PLAIN}}
         mine = case["through"].get(row.role) == through and all(v in accepted(row, n) for n, v in facts.items())
         if mine and case["verdict"] == "right":
-            fields |= set(case["asked"])
+            fields |= {*case["asked"], case["asked"].get("kv_cache_dtype")}
     return frozenset(fields)
 
 
@@ -118,6 +118,7 @@ def table(device: Device, rows: Iterable[BackendSpec]) -> tuple[str, ...]:
         widths = accepted(r, "head_dim") if accepted(r, "head_dims").is_any else accepted(r, "head_dims")
         cells = ["h" if c in run else m if claims(r, c) else "" for c in columns()]
         quantised = [v for v in accepted(r, "kv_cache_dtype").named if str(v).startswith(("fp8", "int8"))]
+        quantised = [f"{v} (h)" if v in run and m != "h" else v for v in quantised]
         pages = "" if r.role == "encode" else str(accepted(r, "page_size"))
         lines.append(
             "| " + " | ".join([
@@ -175,6 +176,8 @@ def page() -> str:
         "claim has been proven. An empty cell is not claimed, so it is refused. Nothing is claimed beyond this.",
         "",
         *(f"* `{m}` {text}" for m, text in MARKS.items()),
+        "",
+        "Where a row's proof is `h` on an accelerator, what is marked so in it is proven, and nothing else of it.",
         "",
         f"Hardware that `h` stands for: {HARDWARE}; and for the marked cells of an architecture",
         *(f"* {where}: {hardware(r)}" for where, r in RAN.items()),

@@ -1,5 +1,5 @@
-"""What ran on a device is written to ``benchmarks/out/ran-<platform>-<arch>.json``; a copy of it in
-``docs/hardware`` makes ``docs/support.md`` say so.
+"""What ran on a device is written to ``benchmarks/out/ran-<platform>-<arch>.json``; a copy in
+``docs/hardware``, without the refusals, makes ``docs/support.md`` say so.
 
 Verdicts travel in the reports, so that workers of pytest-xdist add to one record.
 """

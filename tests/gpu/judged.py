@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +143,19 @@ def replayed(platform: Platform, backend: str, case: dict[str, Any]) -> Judged:
 
     plan = group.plan(first.batch, capture=Capture(max_seqs=6, decode_width=width, max_kv_len=2000))
     place(first)
+    replay, found = captured(forward), []
+    for made in steps:
+        place(made)
+        plan = group.plan(made.batch, out=plan)
+        out.fill_(float("nan"))
+        replay()
+        want, _ = replace(made, cache=cache, extra=first.extra).want()
+        found += differences(out[: want.shape[0]], want, out.dtype, ulps=3.0)
+    return Judged(found, {"decode": through["decode"]})
+
+
+def captured(forward: Callable[[], None]) -> Callable[[], None]:
+    """What replays ``forward`` from a graph. First a run on another stream, in which libraries set themselves up."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -150,15 +164,7 @@ def replayed(platform: Platform, backend: str, case: dict[str, Any]) -> Judged:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward()
-    found = []
-    for made in steps:
-        place(made)
-        plan = group.plan(made.batch, out=plan)
-        out.fill_(float("nan"))
-        graph.replay()
-        want, _ = replace(made, cache=cache, extra=first.extra).want()
-        found += differences(out[: want.shape[0]], want, out.dtype, ulps=3.0)
-    return Judged(found, {"decode": through["decode"]})
+    return graph.replay
 
 
 def parts(step: Step) -> tuple[Any, ...]:

@@ -5,16 +5,22 @@ On a CPU it runs core's own backends, so that the harness itself is always teste
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import judged as judged_steps
 import pytest
+import torch
 from judged import CASES, GRAPHS, Refused, asked, judged, replayed
 
-from attn_core import BindError, get_platform
+from attn_core import AttentionSpec, BindError, Device, EngineOptions, ModelSpec, get_platform
+from attn_core.backends import builtin, torch_native
 from attn_core.bench.case import candidates
+from attn_core.catalog import Catalog, DeviceCatalog, Installed
+from attn_core.domain import ANY
+from attn_core.resolve import resolve
+from attn_core.runtime.backend import bind_decision
 
 PLATFORM = get_platform()
 HERE = PLATFORM.name != "cpu"
@@ -68,3 +74,32 @@ def test_a_wrong_kernel_would_be_noticed(name, monkeypatch):
     assert judged(PLATFORM, "torch_native", CASES[name]).found == []
     monkeypatch.setattr(judged_steps, "moved", off)
     assert judged(PLATFORM, "torch_native", CASES[name]).found
+
+
+class Elsewhere:
+    """A GPU's decisions, bound to PyTorch's kernels on the CPU, as if those could be captured."""
+
+    def attention_backend(self, **asked):
+        device = Device(platform="cuda", arch="sm_90")
+        rows = (replace(r, accepts={**r.accepts, "graph": ANY}) for r in torch_native.backends(device))
+        names = {f.name for f in fields(AttentionSpec)}
+        model = ModelSpec.of(AttentionSpec(**{n: v for n, v in asked.items() if n in names}))
+        options = EngineOptions(**{n: v for n, v in asked.items() if n not in names})
+        installed = Installed({"torch": torch.__version__})
+        catalog = Catalog({str(device): DeviceCatalog((*rows, *builtin.backends(device)))})
+        return bind_decision(resolve(device, model, options, catalog, installed), "cpu")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_are_judged_right(name, monkeypatch):
+    monkeypatch.setattr(judged_steps, "captured", lambda forward: forward)
+    assert replayed(Elsewhere(), "torch_native", GRAPHS[name]).found == []
+
+
+def test_a_graph_that_kept_its_first_step_would_be_noticed(monkeypatch):
+    def captured(forward):
+        runs = []
+        return lambda: None if runs else runs.append(forward())
+
+    monkeypatch.setattr(judged_steps, "captured", captured)
+    assert replayed(Elsewhere(), "torch_native", GRAPHS["graph"]).found
