@@ -57,6 +57,12 @@ def test_a_shape_that_fits_nowhere_is_refused_with_its_limits():
         )
 
 
+def test_a_latent_in_halves_wants_its_room_too():
+    found = config.family("cuda", "sm_999", 48 * 1024)
+    assert not config.serves_latent(found, 2)
+    assert config.serves_latent(config.family("cuda", "sm_75"), 2)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "musa", "ascend"])
 def test_platforms_without_rows(platform):
     """The interpreter is no product, and the others' Tritons are forks that nothing was compiled with."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from attn_core.backends.triton.widths import LEAST, Parts, parts, power_of_two
 from attn_core.errors import AttnCoreError
@@ -140,15 +141,20 @@ def tile(found: Family, q: Parts, v: Parts, *, joined: bool, itemsize: int, stor
 
     Raises :class:`AttnCoreError` where not even the smallest tile fits.
     """
-    if in_halves(found, v, joined=joined):
-        return found.halves or SMALLEST
+    fits: Any = {"joined": joined, "itemsize": itemsize, "stored": stored}
+    if (
+        (one := found.halves)
+        and in_halves(found, v, joined=joined)
+        and shared(one, q, v, found, **fits) <= found.shared
+    ):
+        return one
     for chosen, share in ((t, 1) for t in found.prefill) if rows is None else _decode(found, v, rows):
         limit = found.registers_of_eight if chosen.warps == 8 and found.registers_of_eight else found.registers
         limit = limit if itemsize == 2 else min(_FMA, limit)
-        needs = shared(chosen, q, v, found, joined=joined, itemsize=itemsize, stored=stored)
+        needs = shared(chosen, q, v, found, **fits)
         if needs * share <= found.shared and registers(chosen, q, v, found, itemsize) <= limit:
             return chosen
-    if shared(SMALLEST, q, v, found, joined=joined, itemsize=itemsize, stored=stored) <= found.shared and itemsize == 4:
+    if shared(SMALLEST, q, v, found, **fits) <= found.shared and itemsize == 4:
         return SMALLEST  # float32 is for checking: it may spill
     raise AttnCoreError(
         f"triton: no tile for head_dim={q.width}, v_head_dim={v.width} in {found.shared} bytes of shared memory and "
