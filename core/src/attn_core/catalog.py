@@ -100,7 +100,7 @@ class Installed:
     def version(self, requirement: Requirement, written_for: Mapping[str, str]) -> str | None:
         """The version that counts for a requirement, None when absent, ``""`` when present and unknown."""
         name = requirement.name
-        if name in self.without or self.objection(requirement):
+        if name in self.without or name in self.impostors or (self.lacking and self.objection(requirement)):
             return None
         found = self.versions.get(name)
         if found is None and self.assume:
