@@ -305,3 +305,20 @@ def test_a_uniform_engine_over_two_vendors_and_plugins_are_those_given() -> None
         choices = [g.choices for g in kind.decision.groups.values()]
         assert len({c.backend for by_role in choices for r, c in by_role.items() if r != "kv_write"}) == 1
     assert decide([said()], LLAMA, plugins=installed_plugins()).size == 1
+
+
+def test_a_rank_says_which_kernels_its_packages_were_built_without() -> None:
+    """The others decide for it: a build without fa3 must not get fa3 from them."""
+    here = said("cuda:h200")
+    fa3 = next(s for s in symbols("cuda:h200") if s.endswith("_vllm_fa3_C"))
+    poor = {**here, "packages": {**here["packages"], "vllm": "0.33.0"}, "lacking": {fa3: f"built without {fa3}"}}
+    for name in ("flash-attn-3", "sglang-kernel"):
+        poor["packages"].pop(name, None)
+    full = {**poor, "lacking": {}}
+    assert decide([full], LLAMA).decision_of(0).groups["full"].choices["decode"].backend == "fa3"
+    assert decide([poor], LLAMA).decision_of(0).groups["full"].choices["decode"].backend != "fa3"
+
+
+def symbols(device: str) -> set[str]:
+    (rows,) = simulate(device).catalog.devices.values()
+    return {s for b in rows.backends for r in b.requires for s in getattr(r, "symbols", ())}
